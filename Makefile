@@ -1,0 +1,37 @@
+# Everything a fresh machine needs: `make demo` and `make test` build the environment themselves.
+PYTHON ?= python3
+JOBS ?= 2
+RUN = .venv/bin/python
+# One thread a process: two processes of spinning threads on two cores are five times slower.
+TEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest
+.DELETE_ON_ERROR:
+.PHONY: venv demo test test-all bench lint kernels clean
+
+venv: .venv/done
+.venv/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --progress-bar off --no-warn-script-location -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: venv            ## the whole way on the toy world: maps, plain and Lavender tuning, report
+	sh docs/demo.sh
+
+test: venv lint       ## everything that runs in minutes
+	$(TEST) -n $(JOBS)
+
+test-all: venv lint   ## the slow tests too
+	$(TEST) -n $(JOBS) -m 'not benchmark'
+
+bench: venv           ## timings, side by side in one run; the kernels where there is a GPU
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m benchmark tests/benchmarks -s
+
+kernels: venv         ## registers, shared memory and spills of every kernel, compiled ahead of time
+	$(RUN) -m lavender_min.kernels.aot
+
+lint: venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv runs maps build *.egg-info
