@@ -1,0 +1,135 @@
+"""Stage 2: fine-tunes a vision-language model with its attention pulled towards Stable Diffusion's.
+
+    python train.py --data toy --qlora                  the toy model, on any machine
+    python train.py --qlora                             Llama-3.2-11B-Vision on Flickr30k, on one 24 GB GPU
+
+The maps must be there (python extract.py --data …). Every flag of transformers.TrainingArguments works as well. A run that
+was stopped goes on from its last checkpoint when it is started again.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from lavender_min import data, training
+from lavender_min.align import AGGREGATES, INNER
+from lavender_min.maps import MapStore
+from lavender_min.model import MATCHES
+
+
+def one_of(default: str, choices, help: str):
+    return field(default=default, metadata={"choices": list(choices), "help": help})
+
+
+@dataclass
+class Arguments:
+    data: str = one_of("flickr30k", data.SOURCES, "the examples")
+    data_root: str | None = field(default=None, metadata={"help": "their folder (default: data/<data>)"})
+    split: str | None = field(default=None, metadata={"help": "a part of them"})
+    captions: str | None = field(default=None, metadata={"help": "first or all, as the maps were made"})
+    maps: str | None = field(default=None, metadata={"help": "the store extract.py made (default: maps/<data>)"})
+    vlm: str | None = field(default=None, metadata={"help": "hub id or folder of the host"})
+    qlora: bool = field(default=False, metadata={"help": "4-bit host (NF4, double quantisation) with LoRA adapters"})
+    lora: bool = field(default=False, metadata={"help": "LoRA adapters; what is done when nothing else is asked"})
+    full: bool = field(default=False, metadata={"help": "train every weight of the host"})
+    lora_r: int = 8
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_targets: str = field(default="cross", metadata={"help": "cross, language, released, or a regular expression"})
+    plain: bool = field(default=False, metadata={"help": "fine-tune without alignment: the baseline"})
+    aggregate: str = one_of("learn", AGGREGATES, "whose attention is aligned: parallel projections', or the host's own")
+    parallel_rank: int = field(default=64, metadata={"help": "rank of the parallel projections; 0: full copies"})
+    aligner: str = one_of("sim", INNER, "depth of the Aligner")
+    aligner_kernel: int = field(default=3, metadata={"choices": [3, 1], "help": "3 is the paper's conv, 1 its mlp"})
+    aligner_norm: str = one_of("instance", ("instance", "batch", "none"), "norm inside the Aligner")
+    lambda_att: float = field(default=10.0, metadata={"help": "weight of the alignment loss; 0 only measures it"})
+    match: str = one_of("exact", MATCHES, "align the words the model predicts right, or all")
+    words: str = one_of("answer", ("answer", "all"), "align words of the answer, or of question and answer")
+    attend: str = one_of("predicting", training.ATTEND, "the rows that predict a word, or that read it")
+    pretrain_aligner_steps: int = field(default=0, metadata={"help": "steps that train the Aligner only"})
+    limit: int | None = field(default=None, metadata={"help": "take only the first N examples"})
+
+
+@dataclass
+class Training(TrainingArguments):
+    """TrainingArguments with the paper's learning rate, and defaults that log and save to this machine only."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "default: runs/<data>-<mode>"})
+    learning_rate: float = 1e-4
+    per_device_train_batch_size: int = 4
+    logging_steps: float = 10
+    save_total_limit: int | None = 2
+    report_to: str = "none"
+    remove_unused_columns: bool = False
+
+    def __post_init__(self):
+        pass  # the output folder follows from other flags: `settle` finishes the job
+
+
+def settle(args: Arguments, training_args: Training) -> training.ModelFlags:
+    """Fills in what follows from other flags; says in one line what does not go together."""
+    modes = [mode for mode in ("qlora", "lora", "full") if getattr(args, mode)] or ["lora"]
+    if len(modes) > 1:
+        raise ValueError(f"--{modes[0]} and --{modes[1]} exclude each other")
+    source = data.SOURCES[args.data]
+    args.vlm = args.vlm or source.vlm
+    args.maps = args.maps or f"maps/{args.data}"
+    training_args.output_dir = training_args.output_dir or f"runs/{args.data}-{'plain' if args.plain else modes[0]}"
+    training_args.remove_unused_columns = False  # the collator takes whole examples
+    TrainingArguments.__post_init__(training_args)
+    known = {f.name for f in fields(training.ModelFlags)}
+    return training.ModelFlags(mode=modes[0], **{k: v for k, v in vars(args).items() if k in known})
+
+
+def main() -> None:
+    args, training_args = HfArgumentParser((Arguments, Training), description=__doc__).parse_args_into_dataclasses()
+    flags = settle(args, training_args)
+    examples = data.load(args.data, args.data_root, args.split, args.captions)[: args.limit]
+    store, frame = None, "whole"
+    if not args.plain:
+        if not Path(args.maps).exists():
+            raise FileNotFoundError(f"no maps in {args.maps}; make them first: python extract.py --data {args.data} --maps {args.maps}")
+        store = MapStore(args.maps)
+        frame = store.recipe["frame"]
+    dataset = training.MappedExamples(examples, store)
+    if dataset.missing:
+        print(f"{dataset.missing} of {len(examples)} examples have no maps and are left out", file=sys.stderr)
+    training.remember(flags, Path(training_args.output_dir))
+
+    dtype = torch.float32
+    if torch.cuda.is_available():
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    model, processor, host = training.build(flags, dtype)
+    model.vlm.config.use_cache = False
+    count = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in model.named_children()}
+    print(f"{len(dataset)} examples; training {count['vlm']:,} parameters of the host, {count.get('align', 0):,} beside it")
+
+    trainer = training.LavenderTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=dataset,
+        data_collator=training.Collator(processor, model.host.config, host, frame, args.words, args.attend),
+        processing_class=processor,
+        pretrain_aligner_steps=args.pretrain_aligner_steps,
+    )
+    resume = training_args.resume_from_checkpoint or training.last_checkpoint(Path(training_args.output_dir))
+    if resume:
+        print(f"going on from {resume}")
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_state()
+    print(f"adapter and {training.ALIGN_FILE} are in {training_args.output_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
