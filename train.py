@@ -15,7 +15,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from lavender_min import data, training
 from lavender_min.align import AGGREGATES, INNER
@@ -94,7 +94,9 @@ def main() -> None:
     store, frame = None, "whole"
     if not args.plain:
         if not Path(args.maps).exists():
-            raise FileNotFoundError(f"no maps in {args.maps}; make them first: python extract.py --data {args.data} --maps {args.maps}")
+            raise FileNotFoundError(
+                f"no maps in {args.maps}; make them first: python extract.py --data {args.data} --maps {args.maps}"
+            )
         store = MapStore(args.maps)
         frame = store.recipe["frame"]
     dataset = training.MappedExamples(examples, store)
@@ -105,10 +107,13 @@ def main() -> None:
     dtype = torch.float32
     if torch.cuda.is_available():
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    set_seed(training_args.seed)
     model, processor, host = training.build(flags, dtype)
     model.vlm.config.use_cache = False
     count = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in model.named_children()}
-    print(f"{len(dataset)} examples; training {count['vlm']:,} parameters of the host, {count.get('align', 0):,} beside it")
+    print(
+        f"{len(dataset)} examples; training {count['vlm']:,} parameters of the host, {count.get('align', 0):,} beside it"
+    )
 
     trainer = training.LavenderTrainer(
         model=model,

@@ -6,6 +6,8 @@ they start from the pretrained ones and share their norms, and their inputs are 
 states move too while its own projections are left alone.
 """
 
+from typing import Any
+
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float, Int
@@ -17,14 +19,14 @@ AGGREGATES = ("learn", "layer-mean")
 INNER = {"light": 0, "sim": 1, "deep": 3}  # hidden-to-hidden convolutions of each variant
 
 
-def low_rank(layer: nn.Module, rank: int) -> nn.Sequential:
+def low_rank(layer: Any, rank: int) -> nn.Sequential:
     """A rank-r correction to a linear layer, 0 at the start (the second factor is)."""
     down, up = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=False)
     nn.init.zeros_(up.weight)
     return nn.Sequential(down, up)
 
 
-def pretrained(layer: nn.Module) -> nn.Module:
+def pretrained(layer: Any) -> Any:
     """The linear layer under an adapter."""
     return getattr(layer, "base_layer", layer)
 
@@ -34,7 +36,7 @@ class ParallelAttention(nn.Module):
     (beside a 4-bit host: 6.8 M parameters for Llama 3.2 at rank 64), without it full copies (168 M).
     """
 
-    def __init__(self, attention: nn.Module, rank: int):
+    def __init__(self, attention: Any, rank: int):
         super().__init__()
         self.rank = rank
         q, k = pretrained(attention.q_proj), pretrained(attention.k_proj)
@@ -42,7 +44,7 @@ class ParallelAttention(nn.Module):
 
     def forward(
         self,
-        attention: nn.Module,
+        attention: Any,
         hidden: Float[Tensor, "b t c"],
         states: Float[Tensor, "b_tiles p_tile c"],
         tokens: Int[Tensor, "b n"],
@@ -61,7 +63,7 @@ class ParallelAttention(nn.Module):
         return q, k, renumbered.where(tokens >= 0, -1)
 
 
-def full_copy(layer: nn.Module) -> nn.Linear:
+def full_copy(layer: Any) -> nn.Linear:
     """A trainable copy of a linear layer in float32; a 4-bit one is unpacked."""
     weight = layer.weight
     if hasattr(weight, "quant_state"):
@@ -82,7 +84,11 @@ class Aligner(nn.Module):
 
     def __init__(self, heads: int, variant: str = "sim", kernel: int = 3, norm: str = "instance", width: int = 32):
         super().__init__()
-        norms = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d, "none": lambda _: nn.Identity()}
+        norms: dict[str, Any] = {
+            "instance": nn.InstanceNorm2d,
+            "batch": nn.BatchNorm2d,
+            "none": lambda _: nn.Identity(),
+        }
         channels = [heads] + [width] * (INNER[variant] + 2)
         blocks: list[nn.Module] = []
         for i, (c_in, c_out) in enumerate(zip(channels, channels[1:], strict=False)):
@@ -108,7 +114,7 @@ class Aligner(nn.Module):
 class Align(nn.Module):
     """All that is trained beside the host: parallel attention (if learned) and the Aligner."""
 
-    def __init__(self, attentions: dict[int, nn.Module], aggregate: str = "learn", rank: int = 0, **aligner):
+    def __init__(self, attentions: dict[int, Any], aggregate: str = "learn", rank: int = 0, **aligner):
         super().__init__()
         if aggregate not in AGGREGATES:
             raise ValueError(f"--aggregate is one of {', '.join(AGGREGATES)}, got {aggregate!r}")
@@ -134,4 +140,3 @@ class Align(nn.Module):
 def without_autocast(maps: Tensor):
     """Maps are small numbers and small tensors: the Aligner runs in float32 whatever the host runs in."""
     return torch.autocast(maps.device.type, enabled=False)
-

@@ -6,6 +6,8 @@ Everything trainable is called from inside this one forward, because FSDP and DD
 `align=None` it is plain fine-tuning, and λ = 0 gives bit-equal updates of the host.
 """
 
+from typing import Any
+
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
@@ -21,15 +23,16 @@ MATCHES = ("exact", "all")
 class Lavender(nn.Module):
     """`vlm` is a hooked host (see `hosts`), with or without PEFT adapters; `align` is trained beside it and left behind."""
 
-    def __init__(self, vlm: nn.Module, align: Align | None = None, lambda_att: float = 10.0, match: str = "exact"):
+    def __init__(self, vlm: Any, align: Align | None = None, lambda_att: float = 10.0, match: str = "exact"):
         super().__init__()
         if match not in MATCHES:
             raise ValueError(f"--match is one of {', '.join(MATCHES)}, got {match!r}")
-        self.vlm, self.align = vlm, align
+        self.vlm: Any = vlm
+        self.align = align
         self.lambda_att, self.match = lambda_att, match
 
     @property
-    def host(self) -> nn.Module:
+    def host(self) -> Any:
         """The model under the adapters."""
         return self.vlm.get_base_model() if hasattr(self.vlm, "get_base_model") else self.vlm
 
@@ -51,22 +54,21 @@ class Lavender(nn.Module):
         `loss_vlm` is summed over labels and divided by `num_items_in_batch`, the labels of a whole accumulated batch, as the
         Trainer counts them; `loss_att` is a mean, so it is divided by `accumulation_steps` before it joins the loss.
         """
-        sink = None
-        if self.align is not None:
-            sink = self.sink(word_rows, PatchLayout(*layout))
+        align = self.align
+        sink = self.sink(word_rows, PatchLayout(*layout)) if align is not None else None
         hidden = self.host.model(**inputs, use_cache=False, **({"sink": sink} if sink else {})).last_hidden_state
 
         # Logits (vocabulary 128,256) only where something is asked: at rows that predict a label or a mapped word's token.
         next_token = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         asked = next_token != -100
-        if self.align is not None and self.match != "all":
+        if align is not None and self.match != "all":
             asked = asked | self.predictors(word_tokens, labels)
         logits = self.host.lm_head(hidden[asked])
         expected = next_token[asked]
         total = nn.functional.cross_entropy(logits.float(), expected, ignore_index=-100, reduction="sum")
         count = num_items_in_batch if num_items_in_batch is not None else (expected != -100).sum().clamp(min=1)
         loss_vlm = total / count
-        if sink is None:
+        if align is None or sink is None:
             return {"loss": loss_vlm, "loss_vlm": loss_vlm.detach()}
 
         exists = (word_rows >= 0).any(-1)  # [b, w]
@@ -75,8 +77,8 @@ class Lavender(nn.Module):
             exists = torch.zeros_like(exists)
             exists[0, 0] = True  # one empty word: the Aligner then still gets (zero) gradients, as DDP wants
         with without_autocast(hidden):
-            words = self.word_maps(sink, word_rows)
-            loss_att = self.align.loss(words[exists], targets[exists], valid[exists])
+            words = self.word_maps(align, sink, word_rows)
+            loss_att = align.loss(words[exists], targets[exists], valid[exists])
         loss = loss_vlm + self.lambda_att * loss_att / accumulation_steps
         return {"loss": loss, "loss_vlm": loss_vlm.detach(), "loss_att": loss_att.detach(), "words": valid.sum()}
 
@@ -85,9 +87,10 @@ class Lavender(nn.Module):
         parallel = self.align.parallel if self.align is not None else None
         return Sink(tokens, layout, own or parallel is None, parallel)
 
-    def word_maps(self, sink: Sink, word_rows: Int[Tensor, "b w k"]) -> Float[Tensor, "b w h g g"]:
+    @staticmethod
+    def word_maps(align: Align, sink: Sink, word_rows: Int[Tensor, "b w k"]) -> Float[Tensor, "b w h g g"]:
         """Layers pooled, a word of several tokens the mean of its rows, in units of uniform attention."""
-        return per_word(self.align.pooled(sink.own_maps, sink.parallel_maps), word_rows, sink.layout)
+        return per_word(align.pooled(sink.own_maps, sink.parallel_maps), word_rows, sink.layout)
 
     @staticmethod
     def predictors(word_tokens: Int[Tensor, "b w k"], labels: Tensor) -> Bool[Tensor, "b t"]:
@@ -119,7 +122,7 @@ class Lavender(nn.Module):
         own = per_word(torch.stack(list(sink.own_maps.values())).mean(0), word_rows, sink.layout)
         maps = {"own": own.mean(2)}
         if self.align is not None:
-            words = self.word_maps(sink, word_rows)
+            words = self.word_maps(self.align, sink, word_rows)
             maps["aligned"] = minmax(self.align.aligner.predict(words.flatten(0, 1)).unflatten(0, words.shape[:2]))
         return maps
 

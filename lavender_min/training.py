@@ -41,7 +41,9 @@ class MappedExamples(Dataset):
         self.examples = examples if store is None else [e for e in examples if e.id in store]
         self.missing = len(examples) - len(self.examples)  # broken pictures, say
         if not self.examples:
-            raise ValueError(f"none of the {len(examples)} examples has maps in the store; was it made from other data?")
+            raise ValueError(
+                f"none of the {len(examples)} examples has maps in the store; was it made from other data?"
+            )
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -70,7 +72,10 @@ def chat(processor: Any, example: Example) -> tuple[str, int, dict[str, int]]:
     text = processor.apply_chat_template([asked, said])
     if not text.startswith(prefix):
         raise ValueError("the chat template does not continue its own generation prompt with the answer")
-    starts = {"question": prefix.rfind(example.question.strip()), "answer": text.find(example.answer.strip(), len(prefix))}
+    starts = {
+        "question": prefix.rfind(example.question.strip()),
+        "answer": text.find(example.answer.strip(), len(prefix)),
+    }
     for field, start in starts.items():
         if start < 0:
             raise ValueError(f"the chat template changed the {field} of {example.id}, so its words cannot be found")
@@ -92,7 +97,13 @@ class Collator:
     """[(example, its maps)] ─► the keyword arguments of `Lavender.forward`."""
 
     def __init__(
-        self, processor, config, host: ModuleType, frame: str = "whole", words: str = "answer", attend: str = "predicting"
+        self,
+        processor,
+        config,
+        host: ModuleType,
+        frame: str = "whole",
+        words: str = "answer",
+        attend: str = "predicting",
     ):
         self.processor, self.config, self.host = processor, config, host
         self.frame, self.attend = frame, attend
@@ -121,19 +132,19 @@ class Collator:
             for t, (start, _) in enumerate(offsets):
                 if start >= answer_start:
                     labels[i, t] = ids[i, t]
-            kept = [] if stored is None else [k for k, word in enumerate(stored.words) if word.field in self.fields]
-            words = [stored.words[k] for k in kept]
+            words = [] if stored is None else [word for word in stored.words if word.field in self.fields]
             found = token_spans([(starts[w.field] + w.start, starts[w.field] + w.end) for w in words], offsets)
             spans.append([tokens for tokens in found if tokens])
-            maps.append([stored.maps[k] for k, tokens in zip(kept, found, strict=True) if tokens])
+            of = {word: target for word, target in zip(stored.words, stored.maps, strict=True)} if stored else {}
+            maps.append([of[word] for word, tokens in zip(words, found, strict=True) if tokens])
         batch["labels"] = labels
         batch["word_tokens"] = pad_words(spans)
         behind = 1 if self.attend == "predicting" else 0
         batch["word_rows"] = (batch["word_tokens"] - behind).where(batch["word_tokens"] >= 0, -1)
         batch["targets"] = torch.zeros(*batch["word_rows"].shape[:2], MAP_SIDE, MAP_SIDE)
-        for i, words in enumerate(maps):
-            if words:
-                batch["targets"][i, : len(words)] = minmax(torch.stack(words).float())
+        for i, targets in enumerate(maps):
+            if targets:
+                batch["targets"][i, : len(targets)] = minmax(torch.stack(targets).float())
         boxes = [frame_box(*picture.size, self.frame) for picture in pictures]
         layouts = [
             self.host.layout(*picture.size, self.processor, self.config, box)
@@ -163,6 +174,10 @@ class LavenderTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # we divide by num_items_in_batch, so the Trainer must not divide again
         self.sums: dict[str, Tensor] = {}
         self.seen = 0
+
+    @property
+    def lavender(self) -> Lavender:
+        return self.accelerator.unwrap_model(self.model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         steps = self.current_gradient_accumulation_steps if model.training else 1
@@ -196,7 +211,7 @@ class LavenderTrainer(Trainer):
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*([model] if model is not None else []))
         if fresh and self.pretrain_aligner_steps:
-            host = {p for name, p in self.model.named_parameters() if name.startswith("vlm.")}
+            host = {p for name, p in self.lavender.named_parameters() if name.startswith("vlm.")}
             groups = []
             for group in optimizer.param_groups:
                 for mine in (True, False):
@@ -214,7 +229,9 @@ class LavenderTrainer(Trainer):
         n = self.pretrain_aligner_steps
         if n:
             if not hasattr(scheduler, "lr_lambdas"):
-                raise ValueError(f"--pretrain_aligner_steps does not go with --lr_scheduler_type {self.args.lr_scheduler_type}")
+                raise ValueError(
+                    f"--pretrain_aligner_steps does not go with --lr_scheduler_type {self.args.lr_scheduler_type}"
+                )
 
             def held(usual):
                 return lambda step: 0.0 if step < n else usual(step)
@@ -230,9 +247,9 @@ class LavenderTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        model: Lavender = self.accelerator.unwrap_model(self.model)
+        model = self.lavender
         state = model.state_dict() if state_dict is None else state_dict
         vlm = {name.removeprefix("vlm."): value for name, value in state.items() if name.startswith("vlm.")}
         model.vlm.save_pretrained(folder, state_dict=vlm)
@@ -244,10 +261,9 @@ class LavenderTrainer(Trainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        lavender: Lavender = self.accelerator.unwrap_model(self.model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model=lavender.vlm)
-        if lavender.align is not None:
-            load_align(lavender, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model=self.lavender.vlm)
+        if self.lavender.align is not None:
+            load_align(self.lavender, resume_from_checkpoint)
 
 
 # --------------------------------------------------------------------------------------------- building the model
@@ -295,7 +311,9 @@ def build(flags: ModelFlags, dtype: torch.dtype = torch.float32, trained: str | 
                 r=flags.lora_r,
                 lora_alpha=flags.lora_alpha,
                 lora_dropout=flags.lora_dropout,
-                target_modules=host.LORA_TARGETS.get(flags.lora_targets, flags.lora_targets),  # or an expression of one's own
+                target_modules=host.LORA_TARGETS.get(
+                    flags.lora_targets, flags.lora_targets
+                ),  # or an expression of one's own
                 task_type="CAUSAL_LM",
             )
             vlm = get_peft_model(vlm, config)

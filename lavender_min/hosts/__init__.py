@@ -10,6 +10,7 @@ A host's file says four things of its family, and nothing else in the package kn
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -58,7 +59,7 @@ def patch_count(layout: PatchLayout) -> Float[Tensor, " b"]:
     return (layout.index >= 0).sum((1, 2)).float()
 
 
-def load(name: str, quantize: bool = False, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, AutoProcessor, ModuleType]:
+def load(name: str, quantize: bool = False, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, ModuleType]:
     """(model, processor, host module) of a hub id or folder; `quantize` holds every linear layer but lm_head in NF4.
 
     Raises ValueError, in one line, for a family without a host file, and OSError for weights that cannot be had.

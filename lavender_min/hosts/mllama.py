@@ -9,6 +9,8 @@ The picture stands at the top left of the tiles' canvas; what it does not fill i
 attend to the picture, with 32 query heads over 8 key heads, norms on both and no rotary embedding.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -20,7 +22,7 @@ from lavender_min.geometry import MAP_SIDE, PatchLayout, resize_matrix
 try:  # where the PIL and torchvision processors are two files, the latter cannot be imported without torchvision
     from transformers.models.mllama import image_processing_pil_mllama as tiling
 except ImportError:
-    from transformers.models.mllama import image_processing_mllama as tiling
+    from transformers.models.mllama import image_processing_mllama as tiling  # type: ignore[no-redef]
 
 _LANGUAGE = r".*language_model\.layers\.\d+\."
 LORA_TARGETS = {
@@ -42,7 +44,9 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, sink
             sink.read(sink.own_maps, layer, query, key, sink.tokens, attention_mask, scaling)
         if sink.parallel is not None and str(layer) in sink.parallel:
             picked, keys, tokens = sink.parallel[str(layer)](module, *layer_inputs, sink.tokens)
-            mask = attention_mask.gather(2, sink.tokens.long().clamp(min=0)[:, None, :, None].expand(-1, 1, -1, key.shape[2]))
+            mask = attention_mask.gather(
+                2, sink.tokens.long().clamp(min=0)[:, None, :, None].expand(-1, 1, -1, key.shape[2])
+            )
             sink.read(sink.parallel_maps, layer, picked, keys, tokens, mask, scaling)
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
@@ -54,7 +58,7 @@ def pass_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     return args, kwargs | {"layer_inputs": (kwargs["hidden_states"], kwargs["cross_attention_states"])}
 
 
-def hook(vlm: nn.Module) -> None:
+def hook(vlm: Any) -> None:
     """Routes the language model's attention through `attend`. Logits stay bit-equal to those of "sdpa"."""
     # Without the mask function of the same name no causal mask would be made, and padding would be attended to.
     AttentionInterface.register("lavender", attend)
@@ -64,7 +68,7 @@ def hook(vlm: nn.Module) -> None:
         attention.register_forward_pre_hook(pass_inputs, with_kwargs=True)
 
 
-def layers(vlm: nn.Module) -> dict[int, nn.Module]:
+def layers(vlm: Any) -> dict[int, Any]:
     """The cross-attention modules by layer index."""
     decoder = vlm.model.language_model.layers
     return {i: decoder[i].cross_attn for i in vlm.config.text_config.cross_attention_layers}

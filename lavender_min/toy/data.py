@@ -62,7 +62,7 @@ def word_masks(example_id: str, side: int) -> dict[tuple[str, int, int], np.ndar
     scene, question, answer = make(example_id)
     seen = world.visible_masks(scene, side)
     return {
-        (field, start, end): seen[list(things)].any(0)
+        (field, start, end): np.any(seen[list(things)], axis=0)
         for field, spoken in (("question", question), ("answer", answer))
         for start, end, things in spoken.mentions
         if things

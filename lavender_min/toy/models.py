@@ -8,6 +8,7 @@ byte-level BPE: short words are one token, longer ones ("turquoise", "crescent")
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -43,7 +44,7 @@ CHAT_TEMPLATE = (
 
 def learn_merges(corpus: Iterable[str], pre_tokenizer, alphabet: list[str], suffix: str = "") -> list[tuple[str, str]]:
     """BPE merges learned on `corpus`, without the last merge of every word of more than LONGEST_WORD letters."""
-    ending = {"end_of_word_suffix": suffix} if suffix else {}
+    ending: Any = {"end_of_word_suffix": suffix} if suffix else {}
     tokenizer = Tokenizer(models.BPE(**ending))
     tokenizer.pre_tokenizer = pre_tokenizer
     trainer = trainers.BpeTrainer(
@@ -61,13 +62,16 @@ def clip_tokenizer(corpus: Iterable[str], folder: Path) -> CLIPTokenizer:
     """CLIP's tokenizer (lower case, `</w>` ends a word, EOS pads), trained on `corpus`, written to `folder`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     split = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"[a-z]+|[^\s\w]+"), "removed", invert=True), pre_tokenizers.ByteLevel(False, False, False)]
+        [
+            pre_tokenizers.Split(Regex(r"[a-z]+|[^\s\w]+"), "removed", invert=True),
+            pre_tokenizers.ByteLevel(False, False, False),
+        ]
     )
     merges = learn_merges(corpus, split, alphabet, "</w>")
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)  # type: ignore[arg-type]
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -94,7 +98,7 @@ def chat_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def stable_diffusion(corpus: Iterable[str], folder: Path) -> StableDiffusionPipeline:
+def stable_diffusion(corpus: Iterable[str], folder: Path) -> Any:
     """The whole pipeline with untrained weights: v-prediction, 4 heads, 16 × 16 latents of 4 channels."""
     tokenizer = clip_tokenizer(corpus, folder / "tokenizer")
     text_encoder = CLIPTextModel(
@@ -145,7 +149,7 @@ def stable_diffusion(corpus: Iterable[str], folder: Path) -> StableDiffusionPipe
     )  # fmt: skip
 
 
-def mllama(corpus: Iterable[str]) -> tuple[MllamaForConditionalGeneration, MllamaProcessor]:
+def mllama(corpus: Iterable[str]) -> tuple[Any, MllamaProcessor]:
     """An untrained Mllama: 6 text layers, cross-attention in 1, 3 and 5, 4 query heads over 2 key heads of 32."""
     tokenizer = chat_tokenizer(corpus)
     images = MllamaImageProcessorPil(size={"height": TILE, "width": TILE}, max_image_tiles=MAX_TILES)
@@ -176,7 +180,7 @@ def mllama(corpus: Iterable[str]) -> tuple[MllamaForConditionalGeneration, Mllam
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_token: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     model = MllamaForConditionalGeneration(
         MllamaConfig(vision_config=vision, text_config=text, image_token_index=image_token)
     )

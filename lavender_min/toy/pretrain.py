@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,9 @@ LATENT_SPREAD = 0.7  # standard deviation of the scaled latents: below 1, more o
 # so the UNet has to read the text
 
 
-def fit(name: str, module: nn.Module, loss_of: Callable[[np.random.Generator], Tensor], steps: int, lr: float, out: Path):
+def fit(
+    name: str, module: nn.Module, loss_of: Callable[[np.random.Generator], Tensor], steps: int, lr: float, out: Path
+):
     """AdamW, linear warm-up over 200 steps, cosine to zero. Saves itself to `out/name.pt`. bf16 on a GPU only: a CPU is
     slower with it in the backward of convolutions (0.84 against 0.68 s a step of the UNet).
     """
@@ -40,7 +43,7 @@ def fit(name: str, module: nn.Module, loss_of: Callable[[np.random.Generator], T
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1, (i + 1) / 200) * (0.5 + 0.5 * np.cos(np.pi * min(1, i / steps)))
     )
-    parts = {"module": module, "optimizer": optimizer, "schedule": schedule}
+    parts: dict[str, Any] = {"module": module, "optimizer": optimizer, "schedule": schedule}
     saved, start, seconds = out / f"{name}.pt", 0, 0.0
     if saved.exists():
         state = torch.load(saved, map_location=DEVICE, weights_only=True)
@@ -144,19 +147,24 @@ def prompt(scene: world.Scene, rng: np.random.Generator) -> str:
     return " ".join(spoken.text for spoken in ask(scene, rng))
 
 
-def train_vlm(model, processor, images: np.ndarray, out: Path, steps: int = 2500, scenes: int = 16, texts: int = 4) -> None:
+def train_vlm(
+    model, processor, images: np.ndarray, out: Path, steps: int = 2500, scenes: int = 16, texts: int = 4
+) -> None:
     """`texts` sentences are read against each picture, so the vision tower runs once for all of them."""
     tiles = data.SIDE // models.TILE
     mean = torch.tensor(processor.image_processor.image_mean)[:, None, None]
     std = torch.tensor(processor.image_processor.image_std)[:, None, None]
     canvas = processor.image_processor(images=[data.example("pretrain-00000-caption").image()], return_tensors="pt")
-    encoded = [encode(processor, [data.example(f"pretrain-{i:05d}-{kind}") for kind in VLM_KINDS]) for i in range(len(images))]
+    encoded = [
+        encode(processor, [data.example(f"pretrain-{i:05d}-{kind}") for kind in VLM_KINDS]) for i in range(len(images))
+    ]
 
     def loss_of(rng):
         picked = np.sort(rng.choice(len(images), scenes, replace=False))
-        pixels = rearrange(
-            torch.from_numpy(images[picked]), "b (r y) (c x) k -> b 1 (r c) k y x", r=tiles, c=tiles
-        ).float() / 255
+        pixels = (
+            rearrange(torch.from_numpy(images[picked]), "b (r y) (c x) k -> b 1 (r c) k y x", r=tiles, c=tiles).float()
+            / 255
+        )
         seen = dict(
             pixel_values=((pixels - mean) / std).to(DEVICE),
             aspect_ratio_ids=canvas["aspect_ratio_ids"].expand(scenes, -1).to(DEVICE),
@@ -205,7 +213,9 @@ def as_pixels(images: np.ndarray) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/toy_pretrain"), help="checkpoints and the finished models")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/toy_pretrain"), help="checkpoints and the finished models"
+    )
     parser.add_argument("--only", choices=["vae", "sd", "vlm"], help="one training instead of all three")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

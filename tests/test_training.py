@@ -1,0 +1,364 @@
+"""Both losses, batch arithmetic, checkpoints and flags of the tuning, on a small host with random weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from torch.nn import functional as F
+from transformers import TrainingArguments
+
+from lavender_min import training
+from lavender_min.data import Example
+from lavender_min.maps import MapStore
+from lavender_min.toy import data
+from lavender_min.training import Collator, LavenderTrainer, MappedExamples, ModelFlags
+
+
+@pytest.fixture
+def rows(store_folder):
+    return MappedExamples(data.load("tune", 8), MapStore(store_folder))
+
+
+def make(vlm_folder, **flags):
+    torch.manual_seed(0)
+    return training.build(ModelFlags(vlm=vlm_folder, **{"lora_dropout": 0.0, "match": "all", **flags}))
+
+
+def fit(vlm_folder, rows, tmp_path, *, steps=3, batch=4, pretrain=0, flags=None, model=None, shuffle=True, **arguments):
+    lavender, processor, host = model or make(vlm_folder, **(flags or {}))
+    args = TrainingArguments(
+        str(tmp_path), max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-3, report_to="none",
+        remove_unused_columns=False, logging_steps=1, save_strategy="no", disable_tqdm=True,
+        train_sampling_strategy="random" if shuffle else "sequential", **arguments,
+    )  # fmt: skip
+    trainer = LavenderTrainer(
+        model=lavender, args=args, train_dataset=rows, pretrain_aligner_steps=pretrain,
+        data_collator=Collator(processor, lavender.host.config, host), processing_class=processor,
+    )  # fmt: skip
+    trainer.train()
+    return lavender, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def host_state(model):
+    return {name: p.detach().clone() for name, p in model.vlm.named_parameters() if "lora" in name}
+
+
+# ------------------------------------------------------------------------------------------------------- the collator
+
+
+@pytest.fixture
+def batch(vlm_folder, rows):
+    model, processor, host = make(vlm_folder)
+    return model, processor, Collator(processor, model.host.config, host)([rows[i] for i in range(4)])
+
+
+def test_words_are_found_in_the_chat(batch, rows):
+    _, processor, made = batch
+    for i in range(4):
+        example, stored = rows[i]
+        words = [word for word in stored.words if word.field == "answer"]
+        for j, word in enumerate(words):
+            tokens = [t for t in made["word_tokens"][i, j].tolist() if t >= 0]
+            assert processor.tokenizer.decode(made["input_ids"][i, tokens]).strip(" ,.?") == word.text
+        assert (made["word_tokens"][i, len(words) :] == -1).all()
+        target = made["targets"][i, : len(words)]
+        assert target.amin() == 0 and target.amax() == pytest.approx(1, abs=1e-3)
+
+
+def test_only_the_answer_and_its_end_are_labelled(batch, rows):
+    _, processor, made = batch
+    for i in range(4):
+        labelled = made["input_ids"][i][made["labels"][i] != -100]
+        assert processor.tokenizer.decode(labelled) == rows[i][0].answer + "<|eot_id|>"
+    assert (made["input_ids"] == processor.tokenizer.bos_token_id).sum(1).tolist() == [1] * 4
+
+
+def test_reading_rows_come_one_later_than_predicting_rows(vlm_folder, rows):
+    model, processor, host = make(vlm_folder)
+    made = {
+        attend: Collator(processor, model.host.config, host, attend=attend, words="all")([rows[1]])
+        for attend in training.ATTEND
+    }
+    predicting, reading = (made[attend]["word_rows"] for attend in ("predicting", "reading"))
+    assert torch.equal(predicting.where(predicting < 0, predicting + 1), reading)
+    assert (made["reading"]["word_rows"] >= 0).any(-1).sum() == len(rows[1][1].words)  # question and answer
+
+
+def test_maps_of_other_text_are_refused(store_folder):
+    example = data.load("tune", 1)[0]
+    rows = MappedExamples([example._replace(answer="something else")], MapStore(store_folder))
+    with pytest.raises(ValueError, match="the data now says 'something else'; extract again"):
+        rows[0]
+
+
+def test_a_store_of_other_data_is_refused(store_folder):
+    with pytest.raises(ValueError, match="none of the 1 examples has maps"):
+        MappedExamples([Example("elsewhere", lambda: None, "", "a")], MapStore(store_folder))
+
+
+# --------------------------------------------------------------------------------------------------------- the losses
+
+
+def test_the_language_loss_is_that_of_transformers(batch):
+    model, _, made = batch
+    ours = model(**made)["loss_vlm"]
+    kept = {k: v for k, v in made.items() if k not in ("word_rows", "word_tokens", "targets", "layout")}
+    torch.testing.assert_close(ours, model.vlm(**kept).loss)
+
+
+def test_exact_match_keeps_the_words_whose_every_token_is_predicted(batch):
+    model, _, made = batch
+    kept = {k: v for k, v in made.items() if k not in ("labels", "word_rows", "word_tokens", "targets", "layout")}
+    guess = model.vlm(**kept).logits.argmax(-1)
+    # make some words right: put the model's own guesses where two words stand, and ask again
+    for i in range(2):
+        for t in made["word_tokens"][i, 1].tolist():
+            if t >= 0:
+                made["input_ids"][i, t] = guess[i, t - 1]
+    kept["input_ids"] = made["input_ids"]
+    guess = model.vlm(**kept).logits.argmax(-1)
+    right = sum(
+        all(guess[i, t - 1] == made["input_ids"][i, t] for t in word if t >= 0)
+        for i, words in enumerate(made["word_tokens"].tolist())
+        for word in words
+        if max(word) >= 0
+    )
+    model.match = "exact"
+    assert model(**made)["words"] == right > 0
+
+
+def test_no_matched_word_costs_nothing_and_gives_zero_gradients(batch):
+    model, _, made = batch
+    made["word_rows"].fill_(-1)
+    made["word_tokens"].fill_(-1)
+    out = model(**made)
+    assert out["loss_att"] == 0 and out["words"] == 0
+    out["loss"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in model.align.aligner.parameters())
+
+
+def test_lambda_zero_is_bit_equal_to_plain_tuning(vlm_folder, rows, tmp_path):
+    dropout = {"lora_dropout": 0.1}
+    plain, _ = fit(vlm_folder, rows, tmp_path, flags={"plain": True, **dropout})
+    zero, logged = fit(vlm_folder, rows, tmp_path, flags={"lambda_att": 0.0, **dropout})
+    before, after = host_state(plain), host_state(zero)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(entry["loss_att"] > 0 for entry in logged)
+    moved, _ = fit(vlm_folder, rows, tmp_path, flags=dropout)
+    assert any(not torch.equal(before[name], p) for name, p in host_state(moved).items())
+
+
+@pytest.mark.parametrize("aggregate", ["learn", "layer-mean"])
+def test_batch_8_equals_4_accumulated_twice(vlm_folder, rows, tmp_path, aggregate):
+    """Cross entropy is a mean over the labels of the whole batch, alignment a mean over words: equal counts a half."""
+    pairs = [rows[i] for i in range(4)]
+    rows = pairs + pairs  # both halves hold the same number of words
+    # plain gradient descent: Adam would blow rounding up to the size of a step
+    options = dict(shuffle=False, flags={"aggregate": aggregate}, optim="sgd", max_grad_norm=0.0)
+    whole, one = fit(vlm_folder, rows, tmp_path, batch=8, **options)
+    halves, two = fit(vlm_folder, rows, tmp_path, batch=4, gradient_accumulation_steps=2, **options)
+    for name, p in host_state(whole).items():
+        torch.testing.assert_close(host_state(halves)[name], p, atol=1e-6, rtol=1e-4)
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["loss_vlm"] == pytest.approx(b["loss_vlm"], rel=1e-3)
+        assert a["loss_att"] == pytest.approx(b["loss_att"], rel=1e-3)
+        assert a["words_per_sample"] == b["words_per_sample"]
+
+
+@pytest.mark.parametrize("aggregate", ["learn", "layer-mean"])
+def test_checkpointing_gives_the_same_gradients(vlm_folder, rows, aggregate):
+    gradients = []
+    for checkpointed in (False, True):
+        model, processor, host = make(vlm_folder, aggregate=aggregate)
+        made = Collator(processor, model.host.config, host)([rows[i] for i in range(2)])
+        model.train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        model(**made)["loss"].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-5, msg=name)
+    assert sum(g.abs().sum() for n, g in gradients[0].items() if "align" in n) > 0
+
+
+def test_alignment_gradients_equal_an_eager_implementations(vlm_folder, rows):
+    """Layer-mean, against output_attentions of the eager host with the maps gathered and resampled by hand."""
+    model, processor, host = make(vlm_folder, aggregate="layer-mean")
+    made = Collator(processor, model.host.config, host)([rows[i] for i in range(2)])
+    for parameter in model.vlm.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.02)  # LoRA's second factor starts at 0, which would hide the first's gradient
+    out = model(**made)
+    ((out["loss"] - 0) * 1).backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    model.host.set_attn_implementation({"text_config": "eager"})
+    inputs = {k: v for k, v in made.items() if k not in ("labels", "word_rows", "word_tokens", "targets", "layout")}
+    out = model.host(**inputs, labels=made["labels"], output_attentions=True)
+    layers = model.host.config.text_config.cross_attention_layers
+    tiles = (
+        torch.stack([out.attentions[i] for i in layers])
+        .mean(0)
+        .unflatten(-1, (2, 2, 65))[..., 1:]
+        .unflatten(-1, (8, 8))
+    )
+    canvas = tiles.permute(0, 1, 2, 3, 5, 4, 6).flatten(3, 4).flatten(4, 5) * 256  # uniform attention is 1
+    maps = F.interpolate(canvas.flatten(0, 1), size=(32, 32), mode="bilinear").unflatten(0, canvas.shape[:2])
+    words, targets = [], []
+    for b, word_rows in enumerate(made["word_rows"].tolist()):
+        for j, word in enumerate(word_rows):
+            if max(word) >= 0:
+                words.append(torch.stack([maps[b, :, row] for row in word if row >= 0]).mean(0))
+                targets.append(made["targets"][b, j])
+    made_maps = model.align.aligner.predict(torch.stack(words))
+    low, high = made_maps.amin((1, 2), keepdim=True), made_maps.amax((1, 2), keepdim=True)
+    error = F.mse_loss((made_maps - low) / (high - low + 1e-6), torch.stack(targets))
+    (out.loss + 10 * error).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(ours[name], parameter.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------ schedules and modes
+
+
+def test_the_host_stays_bit_equal_while_the_aligner_is_pretrained(vlm_folder, rows, tmp_path):
+    model = make(vlm_folder)
+    before, aligner = host_state(model[0]), [p.detach().clone() for p in model[0].align.parameters()]
+    fit(vlm_folder, rows, tmp_path, model=model, steps=2, pretrain=2, weight_decay=0.1)
+    assert all(torch.equal(p, before[name]) for name, p in host_state(model[0]).items())
+    assert any(not torch.equal(p, q) for p, q in zip(model[0].align.parameters(), aligner, strict=True))
+    model = make(vlm_folder)
+    fit(vlm_folder, rows, tmp_path, model=model, steps=3, pretrain=2, weight_decay=0.1)
+    assert any(not torch.equal(p, before[name]) for name, p in host_state(model[0]).items())
+
+
+def test_qlora_really_holds_4_bits(vlm_folder):
+    import bitsandbytes as bnb
+
+    model, *_ = make(vlm_folder, mode="qlora", lora_targets="language")
+    packed = [m for m in model.host.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    linear = [
+        m for n, m in model.host.named_modules()
+        if isinstance(m, torch.nn.Linear) and not isinstance(m, bnb.nn.Linear4bit) and "lora" not in n
+    ]  # fmt: skip
+    assert linear == [model.host.lm_head]
+    assert any(m in packed for m in model.host.model.vision_model.modules())
+    for layer in packed:
+        assert layer.weight.dtype == torch.uint8 and layer.weight.quant_type == "nf4"
+        assert layer.weight.quant_state.nested  # double quantisation
+        assert layer.weight.nbytes == layer.in_features * layer.out_features / 2
+
+
+def test_full_tuning_moves_every_part(vlm_folder, rows, tmp_path):
+    model = make(vlm_folder, mode="full")
+    before = {name: p.detach().clone() for name, p in model[0].vlm.named_parameters()}
+    fit(vlm_folder, rows, tmp_path, model=model, steps=1)
+    moved = {name for name, p in model[0].vlm.named_parameters() if not torch.equal(p, before[name])}
+    for part in ("vision_model", "multi_modal_projector", "self_attn", "cross_attn", "lm_head"):
+        assert any(part in name for name in moved), part
+
+
+# ------------------------------------------------------------------------------------------------------- the script
+
+
+def train(vlm_folder, store_folder, out, *more):
+    return [
+        "train.py", "--data", "toy", "--vlm", vlm_folder, "--maps", store_folder, "--limit", "16", "--match", "all",
+        "--output_dir", str(out), "--max_steps", "8", "--save_steps", "2", "--logging_steps", "1", *more,
+    ]  # fmt: skip
+
+
+WITHOUT_US = """
+import sys
+class Nobody:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "lavender_min":
+            raise ImportError(name)
+sys.meta_path.insert(0, Nobody())
+from transformers import AutoModelForImageTextToText
+from peft import PeftModel
+base, adapter = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter)
+print("adapter of", sum(p.abs().sum().item() > 0 for n, p in model.named_parameters() if "lora_B" in n), "moved layers")
+"""
+
+
+def test_a_killed_run_ends_as_an_unbroken_one(vlm_folder, store_folder, tmp_path):
+    """SIGKILL after the first checkpoint; Aligner, optimiser and random state come back with the host's adapter."""
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    done = run_script(*train(vlm_folder, store_folder, unbroken))
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, *train(vlm_folder, store_folder, broken)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while training.last_checkpoint(broken) is None and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (broken / "trainer_state.json").exists()  # it was killed in the middle
+    again = run_script(*train(vlm_folder, store_folder, broken))
+    assert again.returncode == 0 and "going on from" in again.stdout, again.stderr
+    logs = [
+        [entry for entry in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+        for run in (unbroken, broken)
+    ]
+    assert [entry["step"] for entry in logs[0]] == list(range(1, 9))
+    for a, b in zip(*logs, strict=True):
+        for name in ("loss", "loss_vlm", "loss_att", "words_per_sample"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (a, b)
+
+    adapter = subprocess.run(
+        [sys.executable, "-c", WITHOUT_US, vlm_folder, str(broken)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "adapter of 12 moved layers" in adapter.stdout, adapter.stderr
+
+    other = run_script(*train(vlm_folder, store_folder, broken, "--lambda_att", "5"))
+    assert other.returncode == 2 and "holds a run with other flags (--lambda_att 10.0 ─► 5.0)" in other.stderr
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    for step, whole in ((2, True), (4, False), (10, True)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if whole:
+            (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_st')
+    assert training.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_flags_are_remembered_with_the_run(tmp_path):
+    flags = ModelFlags(vlm="somewhere", aligner="deep")
+    training.remember(flags, tmp_path)
+    training.remember(flags, tmp_path)
+    assert training.recall(tmp_path) == flags
+    with pytest.raises(ValueError, match="--aligner deep ─► sim"):
+        training.remember(replace(flags, aligner="sim"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--qlora"], "no Flickr30k in data/flickr30k: looked for"),
+        (["--qlora", "--full", "--data", "toy"], "--qlora and --full exclude each other"),
+        (
+            ["--data", "toy", "--maps", "nowhere"],
+            "no maps in nowhere; make them first: python extract.py --data toy --maps",
+        ),
+    ],
+)
+def test_bad_requests_end_in_one_line(flags, message):
+    done = run_script("train.py", *flags)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"train.py: {message}")
