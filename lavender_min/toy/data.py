@@ -26,8 +26,7 @@ def make(example_id: str) -> tuple[Scene, Line, Line]:
     rng = np.random.default_rng([scene.seed, 2 + KINDS.index(kind)])
     if kind != "caption":
         return scene, *world.QUESTIONS[kind](scene, rng)
-    spoken = world.caption if split == "pretrain" else world.relation
-    return scene, Line("", []), spoken(scene, rng)
+    return scene, Line("", []), world.listing(scene) if split == "pretrain" else world.relation(scene, rng)
 
 
 @lru_cache(4096)

@@ -5,12 +5,13 @@ on where it was when started again), each a pure function of its step number, so
 
     vae   pictures to 4 × 16 × 16 latents and back, on random crops (it is convolutional)
     sd    text encoder and UNet together, v-prediction, on the latents
-    vlm   the whole Mllama, on captions without relations and two kinds of question
+    vlm   the whole Mllama, on lists of what is there and two kinds of question, without relations or places
 
 On a CPU they take an hour or two; `vlm` does not need the others and can run beside them.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from lavender_min.toy import data, models, world
 
 SCENES = 20_000  # of the pretraining split
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VLM_KINDS = ("caption", "color", "exists")
+VLM_KINDS = ("caption", "caption", "color", "exists")  # as often as they stand here
 LATENT_SPREAD = 0.7  # standard deviation of the scaled latents: below 1, more of the picture is lost to noise,
 # so the UNet has to read the text
 
@@ -41,7 +42,7 @@ def fit(
     module.to(DEVICE).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1, (i + 1) / 200) * (0.5 + 0.5 * np.cos(np.pi * min(1, i / steps)))
+        optimizer, lambda i: min(1, (i + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * min(1, i / steps)))
     )
     parts: dict[str, Any] = {"module": module, "optimizer": optimizer, "schedule": schedule}
     saved, start, seconds = out / f"{name}.pt", 0, 0.0
@@ -189,7 +190,7 @@ def train_vlm(
         for name, parameter in model.named_parameters():
             if "cross_attn_attn_gate" in name or "cross_attn_mlp_gate" in name:
                 parameter.fill_(0.5)
-    fit("vlm", model, loss_of, steps, 1e-3, out)
+    fit("vlm", model, loss_of, steps, 1.5e-3, out)
 
 
 def encode(processor, examples) -> list[tuple[list[int], list[int]]]:

@@ -1,0 +1,69 @@
+"""Where patches lie, and how a patch map becomes a 32×32 map.
+
+A model sees a picture as numbered patches: with class tokens between them, in several tiles, with padding. A map that
+two models can be compared on is a small square in picture order. Two pieces of plain data lead from one to the other:
+an index (which key is the patch at canvas row y, column x?) and one resampling matrix for rows and one for columns,
+
+    map[gy, gx] = Σ_y Σ_x rows[gy, y] · attention[index[y, x]] · cols[gx, x]
+
+Every host and every op shares this file, so a map means the same ground wherever it comes from. A picture that fills
+only part of its canvas (padding right and below) is handled by the matrices: they resample only that part.
+"""
+
+from typing import NamedTuple, Self
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+MAP_SIDE = 32  # g: the side of every stored map; the paper's choice
+
+
+class PatchLayout(NamedTuple):
+    """How the keys of a batch lie on the canvas: data, not code, so one op serves every host."""
+
+    index: Int32[Tensor, "b hc wc"]  # type: ignore[assignment]  # key of the patch at canvas (y, x); −1: none
+    rows: Float[Tensor, "b gy hc"]  # resampling of canvas rows
+    cols: Float[Tensor, "b gx wc"]  # resampling of canvas columns
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(*(part.to(device, non_blocking=True) for part in self))
+
+
+def resize_matrix(
+    n_patches: int, g: int = MAP_SIDE, start: float = 0.0, stop: float | None = None
+) -> Float[Tensor, "g n_patches"]:
+    """The matrix that resamples the stretch [start, stop] of a line of `n_patches` cells to `g` cells.
+
+    Lengths are in cells of the line: cell j covers [j, j+1]. Output cell i is centred in its share of the stretch and
+    weighs the cells around by a triangle, one cell wide each way when enlarging and one *output* cell when shrinking:
+    the antialiased linear filter, equal on the whole line to `F.interpolate(mode="bilinear", antialias=True)`. Cells
+    wholly outside the stretch (padding) weigh nothing; every row sums to 1, so a flat map stays flat.
+    """
+    stop = float(n_patches) if stop is None else stop
+    if not (n_patches > 0 and g > 0 and 0 <= start < stop <= n_patches):
+        raise ValueError(
+            f"resize_matrix wants 0 ≤ start < stop ≤ n_patches and g > 0; "
+            f"got start={start}, stop={stop}, n_patches={n_patches}, g={g}"
+        )
+    cell = torch.arange(n_patches, dtype=torch.float64)
+    ratio = (stop - start) / g  # line cells per output cell
+    centre = start + ratio * (torch.arange(g, dtype=torch.float64) + 0.5)
+    distance = (centre[:, None] - (cell + 0.5)).abs()  # [g, n_patches]
+    weight = (1 - distance / max(ratio, 1.0)).clamp(min=0)
+    weight = weight * ((cell + 1 > start) & (cell < stop))
+    return (weight / weight.sum(1, keepdim=True)).float()
+
+
+def resize_map(map: Float[Tensor, "*lead y x"], g: int = MAP_SIDE) -> Float[Tensor, "*lead g g"]:
+    """Resample whole maps, of any number of leading axes, to g×g."""
+    rows = resize_matrix(map.shape[-2], g).to(map)
+    cols = resize_matrix(map.shape[-1], g).to(map)
+    return rows @ map @ cols.mT
+
+
+def minmax(maps: Float[Tensor, "*lead y x"], eps: float = 1e-6) -> Float[Tensor, "*lead y x"]:
+    """Stretch each map to [0, 1]. A flat map becomes all zeros, not a division by zero."""
+    low = maps.amin((-2, -1), keepdim=True)
+    high = maps.amax((-2, -1), keepdim=True)
+    return (maps - low) / (high - low + eps)

@@ -1,0 +1,235 @@
+"""`extract.py` from the outside: what it writes, how it goes on after a kill, what it says when something is wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_sd import build_tiny_sd
+
+from lavender_min.maps import MapStore
+
+ROOT = Path(__file__).parent.parent
+SPEC = spec_from_file_location("extract", ROOT / "extract.py")
+extract = module_from_spec(SPEC)
+SPEC.loader.exec_module(extract)
+
+WORDS = ["A red dog", "the cat on the grass runs with a dog", "turquoise", "dog with a turquoise cat"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny Stable Diffusion and 41 noisy pictures with texts, two of them broken."""
+    folder = tmp_path_factory.mktemp("world")
+    build_tiny_sd(folder / "sd")
+    lines, draw = [], np.random.default_rng(0)
+    for i in range(41):
+        Image.fromarray(draw.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        text = {"text": WORDS[i % 4]} if i % 3 else {"question": "Is the cat on the grass?", "answer": WORDS[i % 4]}
+        lines.append({"id": f"p{i}", "image": f"{i}.png", **text})
+    (folder / "7.png").write_bytes(b"not a picture")
+    (folder / "30.png").unlink()
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def command(world, maps, *more):
+    return ["--data", "folder", "--data_root", str(world), "--sd", str(world / "sd"), "--maps", str(maps), *more]
+
+
+def rows(maps):
+    store = MapStore(maps)
+    return {id: store[id] for id in sorted(store.ids)}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for id in a:
+        assert a[id][:3] == b[id][:3] and a[id].sos == b[id].sos and torch.equal(a[id].maps, b[id].maps), id
+
+
+@pytest.fixture(scope="module")
+def unbroken(world, tmp_path_factory):
+    maps = tmp_path_factory.mktemp("unbroken") / "maps"
+    assert extract.main(command(world, maps, "--batch_size", "4")) == 0
+    return rows(maps)
+
+
+def test_what_is_stored_and_said(world, tmp_path, capsys):
+    assert extract.main(command(world, tmp_path / "maps", "--recipe", "noise", "--resolutions", "8:1,4:0.5")) == 0
+    out, err = capsys.readouterr()
+    assert "41 pictures of folder" in out and "recipe noise: 3 UNet passes a picture, 123 in all" in out
+    assert "39 pictures stored" in out and "2 skipped" in out and "nats" in out
+    assert "about 1 MB" in out and "expected time on 1 x cpu: about 1 min" in out
+    assert "skipped p7: UnidentifiedImageError" in out and "skipped p30: FileNotFoundError" in out
+    assert "pictures/s" in err or " pictures" in err  # the bar
+    listed = (tmp_path / "maps" / "skipped-r000.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == ["p7", "p30"]
+    store = MapStore(tmp_path / "maps")
+    assert store.recipe["frame"] == "whole" and store.recipe["resolutions"] == {"8": 1.0, "4": 0.5}
+    assert store.recipe["settings"] == {"timesteps": [51, 151, 301], "draws": 1, "seed": 0}
+    row = store["p3"]
+    assert (row.question, row.answer) == ("Is the cat on the grass?", WORDS[3])
+    assert [word.field for word in row.words] == ["question"] * 6 + ["answer"] * 5
+    assert row.maps.shape == (11, 32, 32) and (row.maps > 0).all() and 0 < row.sos < 1
+
+
+def test_going_on_gives_the_same_rows(world, unbroken, tmp_path, capsys):
+    maps = tmp_path / "maps"
+    for limit in ("9", "10", "41"):  # stops in the middle of a batch, and of a shard
+        assert extract.main(command(world, maps, "--batch_size", "4", "--shard_size", "3", "--limit", limit)) == 0
+    found = rows(maps)
+    assert found.keys() == unbroken.keys()
+    for id, row in found.items():  # batches of other sizes round differently, in the last digit of float16
+        torch.testing.assert_close(row.maps, unbroken[id].maps, atol=2e-5, rtol=4e-3)
+    capsys.readouterr()
+    assert extract.main(command(world, maps, "--batch_size", "4")) == 0  # nothing left but the broken ones
+    assert "39 pictures are done already" in capsys.readouterr().out
+    assert_same(rows(maps), found)
+
+
+def test_sigkill_in_the_middle(world, unbroken, tmp_path):
+    maps = tmp_path / "maps"
+    arguments = command(world, maps, "--batch_size", "4", "--shard_size", "3")
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "extract.py"), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while len(list(maps.glob("maps-*.parquet"))) < 3 and child.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    stored = len(MapStore(maps))
+    assert 9 <= stored < 39 and child.returncode == -signal.SIGKILL
+    assert extract.main(arguments) == 0
+    assert_same(rows(maps), unbroken)
+
+
+def test_processes_share_the_work(world, unbroken, tmp_path, monkeypatch):
+    """As under `accelerate launch`: each process its own batches and shards, in one folder."""
+    for rank in (1, 0):
+        state = SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"))
+        state.is_main_process = state.is_local_main_process = rank == 0
+        monkeypatch.setattr(extract, "PartialState", lambda cpu, state=state: state)
+        assert extract.main(command(world, tmp_path / "maps", "--batch_size", "4")) == 0
+    assert_same(rows(tmp_path / "maps"), unbroken)
+    assert {shard.name[:9] for shard in (tmp_path / "maps").glob("maps-*")} == {"maps-r000", "maps-r001"}
+
+
+def refused(capsys, *arguments):
+    """Exit code 2 and exactly one line on stderr: that line."""
+    try:
+        code = extract.main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and err.startswith("extract.py: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_missing_data_and_models_say_what_to_get(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    line = refused(capsys, "--data", "flickr30k", "--data_root", str(tmp_path))
+    assert "dataset_flickr30k.json and results_20130124.token" in line and "--data toy" in line
+    line = refused(capsys, "--data", "folder", "--data_root", str(tmp_path))
+    assert "looked for" in line and "data.jsonl" in line
+    line = refused(capsys, "--data", "folder", "--data_root", str(world), "--maps", str(tmp_path / "maps"))
+    assert "cannot load Stable Diffusion CompVis/stable-diffusion-v1-4" in line
+    assert "run this once where there is network" in line and "python extract.py --data toy" in line
+    line = refused(capsys, "--data", "folder", "--data_root", str(world), "--sd", str(tmp_path / "sd"))
+    assert "sd: the pipeline folder is not there; it must hold tokenizer" in line
+
+
+def test_flickr30k_by_its_defaults_ends_in_one_line(tmp_path):
+    """The real names, as a newcomer would first type them, without data."""
+    script = [sys.executable, str(ROOT / "extract.py"), "--data", "flickr30k"]
+    done = subprocess.run(
+        script, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("extract.py: no Flickr30k in data/flickr30k: looked for")
+    assert not list(tmp_path.iterdir())  # nothing made, nothing left
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "the following arguments are required: --data"),
+        (["--data", "coco"], "invalid choice: 'coco'"),
+        (["--data", "toy", "--data_root", "x"], "--data toy takes no --data_root"),
+        (["--data", "toy", "--batch_size", "0"], "expected a whole number of at least 1, got '0'"),
+        (["--data", "toy", "--resolutions", "16"], "expected side:weight pairs such as 16:1,8:0.5, got '16'"),
+        (["--data", "toy", "--resolutions", "16:0"], "expected side:weight pairs"),
+        (["--data", "toy", "--recipe", "noise", "--timesteps", "1200"], "expected time steps from 0 to 999"),
+        (["--data", "toy", "--timesteps", "100"], "--recipe paper takes no --timesteps"),
+    ],
+)
+def test_wrong_arguments_are_one_line(capsys, arguments, message):
+    assert message in refused(capsys, *arguments)
+
+
+def test_wrong_stores_are_one_line(world, tmp_path, capsys):
+    maps = tmp_path / "maps"
+    base = command(world, maps, "--recipe", "noise", "--limit", "3")
+    assert extract.main(base) == 0
+    capsys.readouterr()
+    assert "recipe.json was made with another recipe (frame: 'whole' there, 'crop' now" in refused(
+        capsys, *base, "--frame", "crop"
+    )
+    assert "this UNet attends to text at [8, 4]; got [16]" in refused(capsys, *base, "--resolutions", "16:1")
+    shard = next(maps.glob("maps-*.parquet"))
+    shutil.copy(shard, maps / "maps-r000-00007.parquet")
+    shard.write_bytes(shard.read_bytes()[:1000])
+    assert f"broken map shard {shard}" in refused(capsys, *base)
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (KeyboardInterrupt(), 130, "stopped; what is done is stored, the same command goes on"),
+        (torch.OutOfMemoryError(), 2, "out of GPU memory at --batch_size 4: try a smaller one"),
+        (OSError("cannot write x: No space left on device"), 2, "cannot write x: No space left on device"),
+    ],
+)
+def test_stopping_in_the_middle_keeps_what_is_done(world, tmp_path, capsys, monkeypatch, error, code, message):
+    plain, calls = extract.diffusion.word_maps, []
+
+    def fails_later(*args):
+        calls.append(1)
+        if len(calls) > 2:
+            raise error
+        return plain(*args)
+
+    monkeypatch.setattr(extract.diffusion, "word_maps", fails_later)
+    arguments = command(world, tmp_path / "maps", "--recipe", "noise", "--batch_size", "4", "--shard_size", "4")
+    assert extract.main(arguments) == code
+    assert capsys.readouterr().err.splitlines()[-1] == f"extract.py: {message}"
+    assert len(MapStore(tmp_path / "maps")) >= 4
+
+
+def test_no_picture_at_all_is_an_error(world, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text('{"image": "gone.png", "text": "A red dog"}')
+    arguments = ["--data", "folder", "--data_root", str(tmp_path), "--sd", str(world / "sd")]
+    assert extract.main([*arguments, "--maps", str(tmp_path / "maps")]) == 2
+    out, err = capsys.readouterr()
+    assert "skipped gone.png#1: FileNotFoundError" in out
+    assert err.splitlines()[-1] == "extract.py: no picture could be read: see the list above"
+
+
+@pytest.mark.slow
+def test_two_real_processes(world, unbroken, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "extract.py")]
+    done = subprocess.run([*launch, *command(world, tmp_path / "maps", "--batch_size", "4")], capture_output=True)
+    assert done.returncode == 0 and b"process 0: " in done.stdout and b"process 1: " in done.stdout
+    assert_same(rows(tmp_path / "maps"), unbroken)

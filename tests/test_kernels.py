@@ -1,0 +1,340 @@
+"""The Triton kernels against the reference in float64, gradients by its autograd. On a CPU they run in Triton's interpreter.
+
+The interpreter is slow (shapes are small) and wrong in bf16 (tested on CUDA only).
+The tolerance needs no table: error(kernel, float64) ≤ 2 × error(eager PyTorch in the same precision, float64) + 1e-5.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lavender_min import ops, reference
+from lavender_min.geometry import PatchLayout, resize_matrix
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALVES = [
+    torch.float16,
+    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter is wrong in bf16")),
+]
+few = settings(max_examples=6, deadline=None, derandomize=True)
+
+
+def draw(seed, *shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def draw_word(seed=0, b=2, h=4, hkv=2, t=6, p=40, d=10, n=3, hc=3, wc=5, gy=4, gx=3, dtype=torch.float32):
+    """query and key strided as hosts have them ([b, length, heads, d] in memory), a layout with holes, padding tokens."""
+    query, key = (draw(seed + i, b, *s, d, dtype=dtype).transpose(1, 2) for i, s in enumerate(((t, h), (p, hkv))))
+    make = torch.Generator().manual_seed(seed)
+    index = torch.stack([torch.randperm(p, generator=make)[: hc * wc].view(hc, wc) for _ in range(b)]).int()
+    index[torch.rand(b, hc, wc, generator=make) < 0.15] = -1
+    rows, cols = (resize_matrix(c, g).expand(b, -1, -1) for c, g in ((hc, gy), (wc, gx)))
+    tokens = torch.randint(0, t, (b, n), generator=make, dtype=torch.int32)
+    if n > 2:
+        tokens[0, 1], tokens[-1, 0] = -1, tokens[-1, 2]  # padding; one token picked twice
+    return query, key, tokens.to(DEVICE), PatchLayout(index, rows, cols).to(DEVICE)
+
+
+def eager(query, key, tokens, layout, *, attn_mask=None, is_causal=False, scale=None):
+    """Full attention maps in the dtype of the inputs, then pick and gather: what low-precision PyTorch would give."""
+    (b, h, t, d), (hkv, p) = query.shape, key.shape[1:3]
+    scores = query @ key.repeat_interleave(h // hkv, 1).mT * (d**-0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(t, p, dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        bad = ~attn_mask if attn_mask.dtype == torch.bool else torch.zeros_like(attn_mask, dtype=torch.bool)
+        scores = scores.masked_fill(bad, -torch.inf) + (
+            0 if attn_mask.dtype == torch.bool else attn_mask.to(query.dtype)
+        )
+    full = torch.nan_to_num(scores.softmax(-1))
+    full = torch.cat([full, full.new_zeros(b, h, t, 1)], -1)
+    picked = torch.stack([full[i][:, tokens[i].long()][..., layout.index[i].long()] for i in range(b)])
+    rows, cols = layout.rows.to(query.dtype), layout.cols.to(query.dtype)
+    out = torch.einsum("bhnyx,buy,bvx->bnhuv", picked, rows, cols)
+    return out.masked_fill((tokens < 0)[..., None, None, None], 0)
+
+
+def close(got, low, exact):
+    """The tolerance rule, for an output or a gradient."""
+    assert torch.isfinite(got).all()
+    error, allowed = ((x.double() - exact).abs().max().item() if x.numel() else 0 for x in (got, low))
+    assert error <= 2 * allowed + 1e-5, f"error {error:.2e}; eager PyTorch in the same precision has {allowed:.2e}"
+
+
+def with_gradients(function, inputs, *arguments, **options):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs, *arguments, **options)
+    return [out, *torch.autograd.grad((out * draw(99, *out.shape, dtype=out.dtype)).sum(), inputs)]
+
+
+def check_word(seed=0, dtype=torch.float32, scale=None, is_causal=False, attn_mask=None, **sizes):
+    query, key, tokens, layout = draw_word(seed, dtype=dtype, **sizes)
+    options = {"is_causal": is_causal, "scale": scale}
+    mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(dtype)
+    wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    got = with_gradients(ops.word_attention, (query, key), tokens, layout, attn_mask=mask, backend="triton", **options)
+    low = with_gradients(eager, (query, key), tokens, layout, attn_mask=mask, **options)
+    double = PatchLayout(layout.index, layout.rows.double(), layout.cols.double())
+    inputs = (query.double(), key.double())
+    exact = with_gradients(reference.word_attention, inputs, tokens, double, attn_mask=wide, **options)
+    assert got[0].dtype == torch.float32 and got[1].dtype == dtype and got[1].stride() == query.stride()
+    for x, y, z in zip(got, low, exact, strict=True):
+        close(x, y, z)
+    return got
+
+
+# --- word_attention ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "bool, one row for all", "float, per head", "causal"])
+def test_word_attention(kind):
+    """Odd sizes, strides, padding, a token picked twice, cells without a patch, keys outside, and several shares of keys."""
+    mask = None
+    if kind == "bool":
+        mask = draw(5, 2, 1, 6, 90) > -0.5
+        mask[0, 0, 3] = mask[1, 0, 5] = False  # rows that see nothing
+    elif kind == "bool, one row for all":
+        mask = draw(5, 90) > -0.5
+    elif kind == "float, per head":
+        mask = draw(5, 1, 4, 6, 90).masked_fill(draw(6, 1, 4, 6, 90) > 1, -torch.inf)
+    check_word(p=90, attn_mask=mask, is_causal=kind == "causal", scale=0.5 if kind == "none" else None)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_word_attention_in_half_precision(dtype):
+    check_word(dtype=dtype, d=16)
+    check_word(seed=1, dtype=dtype, d=16, attn_mask=draw(5, 6, 40))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {
+            "hc": 8,
+            "wc": 8,
+            "gy": 32,
+            "gx": 12,
+            "p": 70,
+            "n": 1,
+        },  # enlarged: a canvas row reaches more than TAPS output rows
+        {"hc": 1, "wc": 64, "gy": 2, "gx": 7, "p": 64, "n": 2},  # resampler latents as one line
+        {"hc": 1, "wc": 160, "gy": 1, "gx": 16, "p": 170, "n": 1, "b": 1, "d": 4},  # four tiles in a row
+        {"h": 3, "hkv": 3, "t": 1, "n": 1, "b": 1, "d": 3},  # no grouping, one row
+        {"h": 18, "hkv": 1, "n": 3, "b": 1},  # 54 rows a key head
+    ],
+    ids=["enlarged", "line", "wide", "single", "grouped"],
+)
+def test_word_attention_shapes(sizes):
+    check_word(**sizes)
+
+
+@few
+@given(st.data())
+def test_word_attention_any_shape(data):
+    def size(low, high):
+        return data.draw(st.integers(low, high))
+
+    hc, wc, hkv = size(1, 6), size(1, 7), size(1, 2)
+    check_word(
+        seed=size(0, 99), b=size(1, 2), hkv=hkv, h=hkv * size(1, 3), t=size(1, 9), n=size(1, 4), d=size(1, 24), hc=hc, wc=wc,
+        p=hc * wc + size(0, 30), gy=size(1, 6), gx=size(1, 6), is_causal=size(0, 1) == 1,
+    )  # fmt: skip
+
+
+def test_word_attention_of_a_cropped_canvas():
+    """The picture ends at 2.5 of 4 rows and 3.2 of 5 columns: output comes from there, gradients go to all keys."""
+    query, key, tokens, layout = draw_word(hc=4, wc=5)
+    rows, cols = (
+        resize_matrix(n, g, 0, stop).expand(2, -1, -1).to(DEVICE) for n, g, stop in ((4, 6, 2.5), (5, 3, 3.2))
+    )
+    assert (rows[..., 3] == 0).all()
+    layout = PatchLayout(layout.index, rows, cols)
+    got = with_gradients(ops.word_attention, (query, key), tokens, layout, backend="triton")
+    want = with_gradients(reference.word_attention, (query, key), tokens, layout)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+def test_word_attention_of_a_row_of_finfo_min_is_even():
+    query, key, tokens, layout = draw_word()
+    mask = torch.full((6, 40), torch.finfo(torch.float32).min, device=DEVICE)
+    got = ops.word_attention(query, key, tokens, layout, attn_mask=mask, backend="triton")
+    torch.testing.assert_close(got, reference.word_attention(query, key, tokens, layout, attn_mask=mask))
+
+
+def test_word_attention_is_bit_equal_twice():
+    query, key, tokens, layout = draw_word(p=90)
+    first, second = (
+        with_gradients(ops.word_attention, (query, key), tokens, layout, backend="triton") for _ in range(2)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_word_attention_gradient_of_one_input_only():
+    query, key, tokens, layout = draw_word()
+    whole = with_gradients(ops.word_attention, (query, key), tokens, layout, backend="triton")
+    only_key = with_gradients(lambda k: ops.word_attention(query, k, tokens, layout, backend="triton"), (key,))
+    only_query = with_gradients(lambda q: ops.word_attention(q, key, tokens, layout, backend="triton"), (query,))
+    assert torch.equal(whole[1], only_query[1]) and torch.equal(whole[2], only_key[1])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most bytes of any tensor made inside, the backward included."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        sizes = [x.untyped_storage().nbytes() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return out
+
+
+def test_word_attention_never_holds_a_map_over_all_keys():
+    """No tensor of h·n·p half-precision numbers (so none of h·t·p) is made; the reference, which makes one, trips the wire."""
+    sizes = {"b": 1, "h": 8, "hkv": 1, "n": 4, "t": 40, "p": 400, "d": 8, "hc": 3, "wc": 40}
+    query, key, tokens, layout = draw_word(**sizes)
+    limit = 2 * sizes["h"] * sizes["n"] * sizes["p"]
+    for backend, small in (("triton", True), ("torch", False)):
+        with LargestTensor() as seen:
+            with_gradients(ops.word_attention, (query, key), tokens, layout, backend=backend)
+        assert (seen.largest < limit) == small, f"{backend}: {seen.largest} bytes, h·n·p in half precision = {limit}"
+
+
+def test_word_attention_of_no_tokens_and_limits():
+    query, key, tokens, layout = draw_word()
+    assert ops.word_attention(query, key, tokens[:, :0], layout, backend="triton").shape == (2, 0, 4, 4, 3)
+    with pytest.raises(ValueError, match="query should be float32 or float16 or bfloat16; got float64"):
+        ops.word_attention(query.double(), key.double(), tokens, layout, backend="triton")
+    wide = layout._replace(cols=layout.cols.new_zeros(2, 129, 5))
+    with pytest.raises(ValueError, match="takes gx up to 128; got 129; use backend='torch'"):
+        ops.word_attention(query, key, tokens, wide, backend="triton")
+
+
+# --- diffusion_attention ----------------------------------------------------------------------------------------------
+
+
+def check_diffusion(dtype=torch.float32, b=1, h=2, q=20, length=7, d=10, w=3, scale=None):
+    """q, k, v strided as in a UNet ([b, length, heads·d]); the maps start from something, not from 0."""
+    query, key, value = (
+        draw(i, b, many, h, d, dtype=dtype).transpose(1, 2) for i, many in enumerate((q, length, length))
+    )
+    weights, start = draw(3, b, length, w).softmax(1), draw(4, b, w, q)
+    results = []
+    for backend, inputs in (("triton", (query, key, value)), ("torch", [x.double() for x in (query, key, value)])):
+        maps = start.to(inputs[0].dtype if backend == "torch" else torch.float32).clone()
+        results.append((ops.diffusion_attention(*inputs, weights, maps, scale=scale, backend=backend), maps))
+    (out, maps), (exact, exact_maps) = results
+    low = (query @ key.mT * (d**-0.5 if scale is None else scale)).softmax(-1)
+    assert out.dtype == dtype and out.stride() == query.stride()
+    close(out, low @ value, exact)
+    torch.testing.assert_close(maps.double(), exact_maps, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("d", [24, 40, 80, 160])
+def test_diffusion_attention_head_dims(d):
+    check_diffusion(d=d, length=77, h=1, q=18, w=17 if d == 24 else 5, scale=0.3 if d == 24 else None)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_diffusion_attention_in_half_precision(dtype):
+    check_diffusion(dtype=dtype, length=77, d=40, b=2)
+
+
+@few
+@given(*(st.integers(low, high) for low, high in ((1, 2), (1, 3), (1, 40), (1, 20), (1, 40), (0, 5))))
+def test_diffusion_attention_any_shape(b, h, q, length, d, w):
+    check_diffusion(b=b, h=h, q=q, length=length, d=d, w=w)
+
+
+# --- aligner_mse ------------------------------------------------------------------------------------------------------
+
+
+def check_aligner(dtype=torch.float32, m=4, c=5, gy=6, gx=7, output="minmax", channels_last=False, seed=0, change=None):
+    features = draw(seed, m, c, gy, gx, dtype=dtype)
+    if channels_last:
+        features = features.contiguous(memory_format=torch.channels_last)
+    if change:
+        change(features)
+    weight, bias, target = draw(1, c, dtype=dtype), draw(2, 1, dtype=dtype), draw(3, m, gy, gx).sigmoid()
+    valid = draw(4, m) > -0.8
+    options = {"output": output, "valid": valid}
+    inputs = (features, weight, bias)
+    got = with_gradients(ops.aligner_mse, inputs, target, backend="triton", **options)
+    low = with_gradients(low_precision_mse, inputs, target, **options)
+    exact = with_gradients(reference.aligner_mse, [x.double() for x in inputs], target.double(), **options)
+    for x, y, z in zip(got, low, exact, strict=True):
+        close(x, y, z)
+    assert got[1].dtype == dtype and got[1].stride() == features.stride() and got[3].shape == bias.shape
+    return got, valid
+
+
+def low_precision_mse(features, weight, bias, target, *, output, valid):
+    z = (features * weight[:, None, None]).sum(1) + bias
+    if output == "minmax":
+        low, high = z.amin((1, 2), keepdim=True), z.amax((1, 2), keepdim=True)
+        z = (z - low) / torch.where(high > low, high - low + 1e-6, torch.inf)
+    error = (z - target)[valid].square()
+    return error.float().sum() / max(error.numel(), 1)
+
+
+@pytest.mark.parametrize("output", ["minmax", "none"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_aligner_mse(output, channels_last):
+    (_, df, _, _), valid = check_aligner(output=output, channels_last=channels_last)
+    assert 0 < valid.sum() < 4 and (df[~valid] == 0).all() and (df[valid] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_aligner_mse_in_half_precision(dtype):
+    check_aligner(dtype=dtype, gy=32, gx=32)
+
+
+@few
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.sampled_from(["minmax", "none"]))
+def test_aligner_mse_any_shape(m, c, gy, gx, output):
+    check_aligner(m=m, c=c, gy=gy, gx=gx, output=output)
+
+
+def test_aligner_mse_with_ties_and_constant_maps():
+    def change(features):
+        features[0] = 1  # a constant map
+        features[1].round_().clamp_(-1, 1)
+        features[2, :, 0, :3] = features[2, :, 1, :3]  # pairs of equal cells
+        features[2, :, 0] *= 10  # among them, most likely, the extremes
+
+    check_aligner(c=2, change=change)
+    check_aligner(c=1, change=change)
+
+
+def test_aligner_mse_of_no_valid_word_and_of_no_word():
+    for m in (3, 0):
+        features, weight, bias = draw(0, m, 2, 4, 4), draw(1, 2), draw(2, 1)
+        valid, target = torch.zeros(m, dtype=torch.bool, device=DEVICE), torch.zeros(m, 4, 4, device=DEVICE)
+        inputs = [x.requires_grad_() for x in (features, weight, bias)]
+        loss = ops.aligner_mse(*inputs, target, valid=valid, backend="triton")
+        loss.backward()
+        assert loss == 0 and all(x.grad is not None and (x.grad == 0).all() for x in inputs)
+
+
+def test_aligner_mse_keeps_maps_not_features_for_the_backward():
+    features, weight, bias = (
+        draw(0, 4, 32, 8, 8).requires_grad_(),
+        draw(1, 32).requires_grad_(),
+        draw(2, 1).requires_grad_(),
+    )
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        ops.aligner_mse(
+            features,
+            weight,
+            bias,
+            draw(3, 4, 8, 8),
+            valid=torch.ones(4, dtype=torch.bool, device=DEVICE),
+            backend="triton",
+        )
+    assert max(saved) == 4 * 8 * 8

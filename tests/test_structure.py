@@ -1,0 +1,81 @@
+"""The house: imports point down only, the kernels' folder shadows nobody, files stay readable in one sitting."""
+
+import ast
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "lavender_min"
+# From the ground up; a module may import from floors below its own (and `toy` hangs from `data` as one more data set).
+FLOORS = [
+    {"words", "geometry", "kernels"},
+    {"reference"},
+    {"ops"},
+    {"data", "maps", "toy"},
+    {"recording", "align"},
+    {"diffusion", "hosts"},
+    {"model"},
+    {"training"},
+    {"measure"},
+    {"report"},
+]
+SAME_FLOOR = {("toy", "data")}
+
+
+def floor_of(room: str) -> int:
+    return next(i for i, floor in enumerate(FLOORS) if room in floor)
+
+
+def imported_rooms(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lavender_min":
+            parts = node.module.split(".")[1:]
+            yield from [parts[0]] if parts else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from [a.name.split(".")[1] for a in node.names if a.name.startswith("lavender_min.")]
+
+
+def test_imports_point_down():
+    seen = 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for other in imported_rooms(path):
+            seen += 1
+            allowed = other == room or (room, other) in SAME_FLOOR or floor_of(other) < floor_of(room)
+            assert allowed, f"{path.relative_to(ROOT)} imports {other}"
+    assert seen > 20
+
+
+def test_kernels_import_nothing_of_the_package_but_each_other():
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        assert set(imported_rooms(path)) <= {"kernels"}, path.name
+
+
+def test_a_package_named_kernels_is_not_shadowed(tmp_path):
+    """transformers and diffusers import the Hugging Face package `kernels`; from the repository root it must stay theirs."""
+    theirs = tmp_path / "kernels"
+    theirs.mkdir()
+    (theirs / "__init__.py").write_text("whose = 'theirs'\n")
+    code = "import kernels; print(kernels.whose); import lavender_min.kernels.shapes as ours; print(ours.__name__)"
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["theirs", "lavender_min.kernels.shapes"], done.stderr
+
+
+def test_files_are_short_enough_to_read():
+    long = {}
+    for folder in ("lavender_min", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            lines = len(path.read_text().splitlines())
+            if lines > 350:
+                long[path.name] = lines
+    assert not long
+
+
+def test_shipped_weights_are_small():
+    weights = list((PACKAGE / "toy" / "models").rglob("*.safetensors"))
+    assert weights and sum(path.stat().st_size for path in weights) < 12e6
