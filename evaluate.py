@@ -22,7 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from lavender_min import data, hosts, measure, report, training
+from lavender_min import data, hosts, measure, report, runs, training
 from lavender_min.maps import MapStore
 from lavender_min.model import Lavender
 from lavender_min.toy.data import KINDS, word_masks
@@ -140,9 +140,9 @@ def near(name: str) -> str:
     return str(Path(name).relative_to(HERE)) if Path(name).is_relative_to(HERE) else name
 
 
-def recall(name: str, folder: str) -> tuple[report.Run, training.ModelFlags]:
+def recall(name: str, folder: str) -> tuple[report.Run, runs.ModelFlags]:
     """What a finished run was made with, or a line that says why it cannot be used."""
-    flags = training.recall(folder)
+    flags = runs.recall(folder)
     state = Path(folder) / "trainer_state.json"
     if not state.exists():
         raise FileNotFoundError(
@@ -183,12 +183,12 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
     if args.seeds:
         commands += train_pairs(args, out, more)
         checked = [recall(name, folder) for name, folders in given for folder in folders]
-    runs = [run for run, _ in checked]
-    base = checked[0][1] if checked else training.ModelFlags(data.SOURCES[args.data].vlm)
+    folders = [run for run, _ in checked]
+    base = checked[0][1] if checked else runs.ModelFlags(data.SOURCES[args.data].vlm)
     for run, flags in checked:
         if (flags.vlm, flags.mode) != (base.vlm, base.mode):
             raise ValueError(
-                f"{run.folder} tuned {flags.vlm} by {flags.mode}, {runs[0].folder} {base.vlm} by {base.mode}"
+                f"{run.folder} tuned {flags.vlm} by {flags.mode}, {folders[0].folder} {base.vlm} by {base.mode}"
             )
 
     dtype = torch.float32  # as in train.py
@@ -197,7 +197,7 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
     models = {report.CHANCE: [measure.chance_numbers(sheet)], report.SD: [measure.map_numbers(sheet.maps, sheet)]}
     shown = {report.SD: sheet.maps}
 
-    def take(name: str, label: str, flags: training.ModelFlags, model: Lavender, processor, host) -> None:
+    def take(name: str, label: str, flags: runs.ModelFlags, model: Lavender, processor, host) -> None:
         collate = training.Collator(processor, model.host.config, host, store.recipe["frame"], "answer", flags.attend)
         numbers, maps = measure.measure(model, processor, collate, sheet, args.batch_size, label)
         models.setdefault(name, []).append(numbers["own"])
@@ -209,11 +209,11 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
     take(report.UNTUNED, report.UNTUNED, base, Lavender(vlm), processor, host)
     del vlm
     for run, flags in checked:
-        take(run.name, f"{run.name} {Path(run.folder).name}", flags, *training.build(flags, dtype, trained=run.folder))
+        take(run.name, f"{run.name} {Path(run.folder).name}", flags, *runs.build(flags, dtype, trained=run.folder))
 
     out.mkdir(parents=True, exist_ok=True)
     report.draw_maps(out / "maps.png", sheet, report.choose(sheet), shown)
-    pictures = ["maps.png", *(["curves.png"] if report.draw_curves(out / "curves.png", runs) else [])]
+    pictures = ["maps.png", *(["curves.png"] if report.draw_curves(out / "curves.png", folders) else [])]
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "diffusers")}
     about = {
         "commands": [*(shlex.join(["python", *c]) for c in commands), command],
@@ -222,7 +222,7 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
         "host": f"{near(base.vlm)}, {'NF4, ' if base.mode == 'qlora' else ''}{str(dtype).removeprefix('torch.')}",
         "scenes": args.scenes,
     }
-    report.write(out, sheet, models, runs, about, pictures)
+    report.write(out, sheet, models, folders, about, pictures)
     print("\n\n".join(filter(None, [report.main_table(models), report.differences_table(models, report.MAIN)])))
     print(f"{out / 'report.md'}, report.json and {' and '.join(pictures)} are written")
 

@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from lavender_min import data, training
+from lavender_min import data, runs, training
 from lavender_min.align import AGGREGATES, INNER
 from lavender_min.maps import MapStore
 from lavender_min.model import MATCHES
@@ -72,7 +72,7 @@ class Training(TrainingArguments):
         pass  # the output folder follows from other flags: `settle` finishes the job
 
 
-def settle(args: Arguments, training_args: Training) -> training.ModelFlags:
+def settle(args: Arguments, training_args: Training) -> runs.ModelFlags:
     """Fills in what follows from other flags; says in one line what does not go together."""
     modes = [mode for mode in ("qlora", "lora", "full") if getattr(args, mode)] or ["lora"]
     if len(modes) > 1:
@@ -83,8 +83,8 @@ def settle(args: Arguments, training_args: Training) -> training.ModelFlags:
     training_args.output_dir = training_args.output_dir or f"runs/{args.data}-{'plain' if args.plain else modes[0]}"
     training_args.remove_unused_columns = False  # the collator takes whole examples
     TrainingArguments.__post_init__(training_args)
-    known = {f.name for f in fields(training.ModelFlags)}
-    return training.ModelFlags(mode=modes[0], **{k: v for k, v in vars(args).items() if k in known})
+    known = {f.name for f in fields(runs.ModelFlags)}
+    return runs.ModelFlags(mode=modes[0], **{k: v for k, v in vars(args).items() if k in known})
 
 
 def main() -> None:
@@ -102,13 +102,13 @@ def main() -> None:
     dataset = training.MappedExamples(examples, store)
     if dataset.missing:
         print(f"{dataset.missing} of {len(examples)} examples have no maps and are left out", file=sys.stderr)
-    training.remember(flags, Path(training_args.output_dir))
+    runs.remember(flags, Path(training_args.output_dir))
 
     dtype = torch.float32
     if torch.cuda.is_available():
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     set_seed(training_args.seed)
-    model, processor, host = training.build(flags, dtype)
+    model, processor, host = runs.build(flags, dtype)
     model.vlm.config.use_cache = False
     count = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in model.named_children()}
     print(
@@ -123,13 +123,13 @@ def main() -> None:
         processing_class=processor,
         pretrain_aligner_steps=args.pretrain_aligner_steps,
     )
-    resume = training_args.resume_from_checkpoint or training.last_checkpoint(Path(training_args.output_dir))
+    resume = training_args.resume_from_checkpoint or runs.last_checkpoint(Path(training_args.output_dir))
     if resume:
         print(f"going on from {resume}")
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
-    print(f"adapter and {training.ALIGN_FILE} are in {training_args.output_dir}")
+    print(f"adapter and {runs.ALIGN_FILE} are in {training_args.output_dir}")
 
 
 if __name__ == "__main__":

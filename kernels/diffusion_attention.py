@@ -86,9 +86,9 @@ def attend(
 def blocks(b: int, q: int, d: int) -> dict:
     """Pixels a program and the chunk of d. Few programs get few pixels: an H100 has 132 SMs, and 32² pixels are 32 blocks of 32.
 
-    Tried by compiling (no GPU at hand): 64 pixels and 8 warps, 84 KB of shared memory, so one block an SM where 32 pixels take 33 KB;
-    d in one padded block, 128 KB at d 160; two blocks of 64 + 16 tokens instead of 128, a third less work in the dots but
-    twice the code, for a kernel that waits for memory.
+    Tried by compiling (no GPU at hand): 64 pixels and 8 warps take 84 to 96 KB of shared memory, so one block an SM on an
+    A10G, 32 pixels 50 KB. On paper: d in one padded block, 128 KB at d 160; blocks of 64 + 16 tokens instead of 128, a
+    third less work in the dots but twice the code, for a kernel that waits for memory.
     """
     chunk = min((64, 32, 16), key=lambda size: (triton.cdiv(d, size) * size, -size))
     return {"BQ": 32 if b * triton.cdiv(q, 32) >= 128 else 16, "BD": chunk, "num_warps": 4}

@@ -200,25 +200,9 @@ def key_gradient(
     for g in range(g0, tl.maximum(g1, g0 + 1), TAPS):
         for i_block in range(0, tl.cdiv(n * GROUP, BR)):
             token, row, m_row, b_q, p_mask_row = pick(
-                i_block,
-                i_b,
-                i_hkv,
-                p_query,
-                s_qb,
-                s_qh,
-                s_qt,
-                p_mask,
-                s_mb,
-                s_mh,
-                s_mt,
-                p_tokens,
-                h,
-                n,
-                GROUP,
-                D,
-                BR,
-                BD,
-            )
+                i_block, i_b, i_hkv, p_query, s_qb, s_qh, s_qt, p_mask, s_mb, s_mh, s_mt, p_tokens, h, n,
+                GROUP, D, BR, BD,
+            )  # fmt: skip
             b_max, b_inv, b_delta = row_state(p_stats, p_delta, row, m_row, bnh)
             b_s = score(b_q, b_k, i_key, token, p_mask_row, s_mp, scale2, MASK, PRECISION)
             b_line = gradient_line(p_dout, row, m_row, p_rows, y, inside, g, hc, gy, gx, BR, BGX)
@@ -252,6 +236,7 @@ def gradients(
             part, tokens, dquery, *dquery.stride()[:3], h, n, splits, bnh, scale,
             D=d, BN=triton.next_power_of_2(n), BH=bh, BD=meta["BD"],
         )  # fmt: skip
+        del part  # its room goes to dkey
     if needs[1]:
         dkey = dense_like(key)
         # 64 rows (on sm_90) or, in fp32, more than one stage of prefetching would spill

@@ -10,3 +10,8 @@ attended), d head dim, n picked tokens, w words, k tokens of a word, c channels,
     stage 2   train.py      data + maps ─► hosts ─► align ─► model, training
     stage 3   evaluate.py   report
 """
+
+import logging
+
+# bitsandbytes, on some CPUs, looks for a package named like our folder kernels/, and complains on every start.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

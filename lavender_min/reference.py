@@ -24,51 +24,42 @@ def word_attention(
 ) -> Float[Tensor, "b n h gy gx"]:
     """Attention of picked text tokens over the picture, one map a head: out = rows · A[..., index] · colsᵀ.
 
-    1. Rows first: only the n picked tokens are scored, so the largest tensor is [b, p, h·n], never [b, h, t, p].
+    1. Rows first: only the n picked tokens are scored, so the largest tensor is [b, h, n, p], never [b, h, t, p].
     2. A is the softmax over all keys; query head i reads key head i // (h / hkv), so K is never repeated.
     3. The keys of `layout` are put in picture order (index −1: no patch, 0) and resampled to gy × gx.
 
     Rows of padding (token −1) and rows whose keys are all masked (False or −inf) are 0.
-
-    Keys come before heads and tokens ([b, p, hkv, r], r = group · n, contiguous) because step 3 moves whole keys: gathering
-    contiguous rows runs at the speed of memory, forward and backward, where gathering single numbers does not.
     """
     b, h, _, d = query.shape
-    hkv, p = key.shape[1:3]
+    (hkv, p), n = key.shape[1:3], tokens.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
     row = tokens.long().clamp(min=0)
-    rows = {"group": h // hkv, "n": tokens.shape[1]}
 
-    picked = query.gather(2, repeat(row, "b n -> b h n d", h=h, d=d))
-    picked = rearrange(picked, "b (hkv group) n d -> b hkv (group n) d", **rows).to(dtype)
-    scores = key.to(dtype) @ (picked * (d**-0.5 if scale is None else scale)).mT  # [b, hkv, p, group·n]
+    picked = query.gather(2, repeat(row, "b n -> b h n d", h=h, d=d)).to(dtype)
+    picked = rearrange(picked, "b (hkv group) n d -> b hkv (group n) d", hkv=hkv, n=n)
+    scores = (picked * (d**-0.5 if scale is None else scale)) @ key.to(dtype).mT
+    scores = scores.view(b, h, n, p)  # heads (hkv group) again
 
-    if attn_mask is not None:
+    if is_causal:
+        mask = rearrange(torch.arange(p, device=key.device) <= row[..., None], "b n p -> b 1 n p")
+    elif attn_mask is not None:
         mask = attn_mask[(None,) * (4 - attn_mask.ndim)].expand(b, -1, -1, p)  # [b, 1|h, 1|t, p]
         if mask.shape[2] > 1:
-            mask = mask.gather(2, repeat(row, "b n -> b hm n p", hm=mask.shape[1], p=p))
-        mask = mask.expand(b, h, tokens.shape[1], p)
-    if is_causal:
-        mask = rearrange(torch.arange(p, device=key.device) <= row[..., None], "b n p -> b 1 n p").expand(b, h, -1, p)
-    if attn_mask is not None or is_causal:
-        mask = rearrange(mask, "b (hkv group) n p -> b hkv p (group n)", **rows)
+            mask = mask.gather(2, repeat(row, "b n -> b heads n p", heads=mask.shape[1], p=p))
+    nothing = rearrange(tokens < 0, "b n -> b 1 n 1")
+    if is_causal or attn_mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        dead = scores.detach().amax(2, keepdim=True) == -torch.inf  # [b, hkv, 1, group·n]; softmax would give 0 / 0
-        scores = scores.masked_fill(dead, 0)
-    attention = scores.softmax(2)  # A, [b, hkv, p, group·n]
+        dead = scores.detach().amax(-1, keepdim=True) == -torch.inf  # softmax would give 0 / 0
+        scores, nothing = scores.masked_fill(dead, 0), nothing | dead
+    attention = scores.softmax(-1)
 
-    index = layout.index.long()
-    canvas = [a.index_select(1, cell.clamp(min=0).flatten()) for a, cell in zip(attention, index, strict=True)]
-    canvas = torch.stack(canvas).unflatten(2, index.shape[1:])  # [b, hkv, y, x, group·n]
-    if (index < 0).any():
-        canvas = canvas.masked_fill(rearrange(index < 0, "b y x -> b 1 y x 1"), 0)
-    lines = rearrange(layout.cols.to(dtype), "b gx x -> b 1 1 gx x") @ canvas  # [b, hkv, y, gx, r]
-    out = rearrange(layout.rows.to(dtype), "b gy y -> b 1 gy y") @ lines.flatten(3)
-    out = rearrange(out, "b hkv gy (gx group n) -> b n (hkv group) gy gx", gx=layout.cols.shape[1], **rows)
-    nothing = rearrange(tokens < 0, "b n -> b n 1 1 1")
-    if attn_mask is not None or is_causal:
-        nothing = nothing | rearrange(dead, "b hkv 1 (group n) -> b n (hkv group) 1 1", **rows)
-    return out.masked_fill(nothing, 0)
+    cell = repeat(layout.index.long().clamp(min=0), "b y x -> b h n (y x)", h=h, n=n)
+    canvas = attention.gather(-1, cell).unflatten(-1, layout.index.shape[1:])
+    if (layout.index < 0).any():
+        canvas = canvas.masked_fill(rearrange(layout.index < 0, "b y x -> b 1 1 y x"), 0)
+    rows, cols = (rearrange(matrix.to(dtype), "b g c -> b 1 1 g c") for matrix in (layout.rows, layout.cols))
+    out = rows @ canvas @ cols.mT
+    return rearrange(out.masked_fill(nothing[..., None], 0), "b h n gy gx -> b n h gy gx")
 
 
 @torch.no_grad()

@@ -7,29 +7,24 @@ default, as the paper's code has it) takes the rows that predict the word's toke
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer
 
 from lavender_min import hosts
-from lavender_min.align import Align
 from lavender_min.data import CAPTION_PROMPT, Example
 from lavender_min.geometry import MAP_SIDE, minmax
 from lavender_min.maps import MapStore, StoredMaps
 from lavender_min.model import Lavender
+from lavender_min.runs import ALIGN_FILE, load_align
 from lavender_min.words import token_spans
 
-ALIGN_FILE = "lavender.safetensors"
-FLAGS_FILE = "lavender.json"
 ATTEND = ("predicting", "reading")
 
 
@@ -264,102 +259,3 @@ class LavenderTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model=self.lavender.vlm)
         if self.lavender.align is not None:
             load_align(self.lavender, resume_from_checkpoint)
-
-
-# --------------------------------------------------------------------------------------------- building the model
-
-
-@dataclass
-class ModelFlags:
-    """What makes a model and its losses: the flags of `train.py` that a finished run remembers, in `lavender.json`."""
-
-    vlm: str
-    mode: str = "lora"  # qlora, lora or full
-    lora_r: int = 8
-    lora_alpha: int = 32
-    lora_dropout: float = 0.05
-    lora_targets: str = "cross"
-    plain: bool = False
-    aggregate: str = "learn"
-    parallel_rank: int = 64
-    aligner: str = "sim"
-    aligner_kernel: int = 3
-    aligner_norm: str = "instance"
-    lambda_att: float = 10.0
-    match: str = "exact"
-    words: str = "answer"
-    attend: str = "predicting"
-
-
-def build(flags: ModelFlags, dtype: torch.dtype = torch.float32, trained: str | Path | None = None):
-    """(Lavender, processor, host module) for a new run, or with the weights of the run in the folder `trained`."""
-    name = str(trained) if trained and flags.mode == "full" else flags.vlm
-    vlm, processor, host = hosts.load(name, quantize=flags.mode == "qlora", dtype=dtype)
-    attentions = host.layers(vlm)
-    vlm.requires_grad_(flags.mode == "full")
-    align = None
-    if not flags.plain:
-        rank = 0 if flags.mode == "full" else flags.parallel_rank  # a trained projection is no base for a correction
-        shape = {"variant": flags.aligner, "kernel": flags.aligner_kernel, "norm": flags.aligner_norm}
-        with torch.random.fork_rng():  # the adapters below start the same with and without alignment
-            align = Align(attentions, flags.aggregate, rank, **shape).to(vlm.device)
-    if flags.mode != "full":
-        if trained:
-            vlm = PeftModel.from_pretrained(vlm, str(trained))
-        else:
-            config = LoraConfig(
-                r=flags.lora_r,
-                lora_alpha=flags.lora_alpha,
-                lora_dropout=flags.lora_dropout,
-                target_modules=host.LORA_TARGETS.get(
-                    flags.lora_targets, flags.lora_targets
-                ),  # or an expression of one's own
-                task_type="CAUSAL_LM",
-            )
-            vlm = get_peft_model(vlm, config)
-    model = Lavender(vlm, align, flags.lambda_att, flags.match)
-    if trained and align is not None:
-        load_align(model, trained)
-    return model, processor, host
-
-
-def load_align(model: Lavender, folder: str | Path) -> None:
-    """Reads `lavender.safetensors` of a checkpoint back into a model that was built with the same flags."""
-    path = Path(folder) / ALIGN_FILE
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: was this checkpoint made without alignment (--plain)?")
-    assert model.align is not None
-    model.align.load_state_dict(load_file(path))
-
-
-def remember(flags: ModelFlags, folder: Path) -> None:
-    """Writes the flags beside the weights; a folder that holds a run with others is an error, not an overwrite."""
-    path = folder / FLAGS_FILE
-    if path.exists():
-        before, now = json.loads(path.read_text()), asdict(flags)
-        changed = [f"--{key} {before.get(key)} ─► {now[key]}" for key in now if before.get(key) != now[key]]
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run with other flags ({', '.join(changed)}): take another --output_dir, or delete it"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(flags), indent=2) + "\n")
-
-
-def recall(folder: str | Path) -> ModelFlags:
-    """The flags of a finished run."""
-    path = Path(folder) / FLAGS_FILE
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: {folder} is not the --output_dir of a run of train.py")
-    return ModelFlags(**json.loads(path.read_text()))
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint. A run killed while it saved leaves one without its last file, trainer_state.json."""
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            whole.append((json.loads((path / "trainer_state.json").read_text())["global_step"], str(path)))
-        except (OSError, ValueError):
-            continue
-    return max(whole)[1] if whole else None

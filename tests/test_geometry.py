@@ -37,7 +37,7 @@ def test_a_stretch_ignores_what_lies_outside_and_keeps_flat_maps_flat(n_patches,
     assert matrix.shape == (g, n_patches) and matrix.dtype == torch.float32
     assert (matrix >= 0).all()
     torch.testing.assert_close(matrix.sum(1), torch.ones(g))
-    cell = torch.arange(n_patches)
+    cell = torch.arange(n_patches, dtype=torch.float64)
     outside = (cell + 1 <= start) | (cell >= stop)
     assert (matrix[:, outside] == 0).all()
 

@@ -175,7 +175,7 @@ def test_a_family_without_a_host_is_named(tmp_path):
 
 
 def test_a_host_that_cannot_be_had_says_what_to_do():
-    with pytest.raises(OSError, match="accept the licence.*train.py --data toy"):
+    with pytest.raises(OSError, match="accept the licence.*--data toy"):
         hosts.load("meta-llama/Llama-3.2-11B-Vision-Instruct")
 
 

@@ -25,12 +25,18 @@ print(json.dumps([r._asdict() for case in aot.CASES for target in aot.TARGETS fo
 VARIANTS = """
 import torch
 from lavender_min.kernels import aot
+def meta(*shape, **options):
+    return torch.empty(*shape, device="meta", **options)
 with aot.compile_only(86):
     aot.word_case(dtype=torch.float32, d=80, n=3, tiles=1, mask="causal")
     aot.word_case(dtype=torch.float16, d=64, n=5, mask="bool")
     aot.word_case(dtype=torch.bfloat16, d=256, mask="none")
     aot.diffusion_case(8, 24, dtype=torch.float32, words=40)
     aot.aligner_case(dtype=torch.bfloat16, output="none")
+    line = aot._Layout(meta(2, 1, 64, dtype=torch.int32), meta(2, 1, 1), meta(2, 12, 64))  # latents, one output row
+    query, key = (meta(2, heads, length, 16).requires_grad_() for heads, length in ((3, 7), (1, 64)))
+    out = aot.word_attention(query, key, meta(2, 1, dtype=torch.int32), line)
+    out.backward(meta(out.shape))
 """
 
 

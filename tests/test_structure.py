@@ -17,9 +17,10 @@ FLOORS = [
     {"recording", "align"},
     {"diffusion", "hosts"},
     {"model"},
+    {"runs"},
     {"training"},
     {"measure"},
-    {"report"},
+    {"report", "localise"},
 ]
 SAME_FLOOR = {("toy", "data")}
 

@@ -14,11 +14,12 @@ from conftest import ROOT, run_script
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
-from lavender_min import training
+from lavender_min import runs, training
 from lavender_min.data import Example
 from lavender_min.maps import MapStore
+from lavender_min.runs import ModelFlags
 from lavender_min.toy import data
-from lavender_min.training import Collator, LavenderTrainer, MappedExamples, ModelFlags
+from lavender_min.training import Collator, LavenderTrainer, MappedExamples
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def rows(store_folder):
 
 def make(vlm_folder, **flags):
     torch.manual_seed(0)
-    return training.build(ModelFlags(vlm=vlm_folder, **{"lora_dropout": 0.0, "match": "all", **flags}))
+    return runs.build(ModelFlags(vlm=vlm_folder, **{"lora_dropout": 0.0, "match": "all", **flags}))
 
 
 def fit(vlm_folder, rows, tmp_path, *, steps=3, batch=4, pretrain=0, flags=None, model=None, shuffle=True, **arguments):
@@ -301,7 +302,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(vlm_folder, store_folder, tmp_path
     command = [sys.executable, *train(vlm_folder, store_folder, broken)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
-    while training.last_checkpoint(broken) is None and time.time() < deadline and process.poll() is None:
+    while runs.last_checkpoint(broken) is None and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -334,16 +335,16 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
             (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (tmp_path / "checkpoint-12").mkdir()
     (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_st')
-    assert training.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert runs.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_flags_are_remembered_with_the_run(tmp_path):
     flags = ModelFlags(vlm="somewhere", aligner="deep")
-    training.remember(flags, tmp_path)
-    training.remember(flags, tmp_path)
-    assert training.recall(tmp_path) == flags
+    runs.remember(flags, tmp_path)
+    runs.remember(flags, tmp_path)
+    assert runs.recall(tmp_path) == flags
     with pytest.raises(ValueError, match="--aligner deep ─► sim"):
-        training.remember(replace(flags, aligner="sim"), tmp_path)
+        runs.remember(replace(flags, aligner="sim"), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,15 @@ def load(name: str, quantize: bool = False, dtype: torch.dtype = torch.float32) 
         reason = str(error).strip().splitlines()[0]
         raise OSError(
             f"--vlm {name} could not be loaded ({reason}). Give a folder with the weights, or, with a network, accept the "
-            f"licence on the model's page and run `hf auth login`; without either: python train.py --data toy"
+            f"licence on the model's page and run `hf auth login`; the toy world (--data toy) needs neither"
         ) from error
+    if quantize:
+        # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights once outside training, which rounds to bf16 and
+        # fails for widths that are no multiple of 64.
+        module: Any
+        for module in vlm.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     host = importlib.import_module(FAMILIES[config.model_type])
     host.hook(vlm)
     return vlm, processor, host

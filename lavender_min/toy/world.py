@@ -154,7 +154,9 @@ def caption(scene: Scene, rng: np.random.Generator) -> Line:
 def listing(scene: Scene) -> Line:
     """ "a small red circle, a large green cross and a small blue star": everything, in full, from left to right."""
     order = sorted(range(len(scene.things)), key=lambda i: scene.things[i].x)
-    nouns = [f"{article(t.size)} [{t.size}|{i}] [{t.color}|{i}] [{t.shape}|{i}]" for i in order for t in [scene.things[i]]]
+    nouns = [
+        f"{article(t.size)} [{t.size}|{i}] [{t.color}|{i}] [{t.shape}|{i}]" for i in order for t in [scene.things[i]]
+    ]
     return line(", ".join(nouns[:-1]) + " and " + nouns[-1])
 
 

@@ -151,6 +151,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes = list(dict.fromkeys(row.case.rsplit(" ", 1)[0] for row in rows))
     figure, grid = pyplot.subplots(2, len(axes), figsize=(4 * len(axes), 6), squeeze=False)
     for column, axis in enumerate(axes):
+        ticks = {int(row.case.rsplit(" ", 1)[1]) for row in rows if row.case.rsplit(" ", 1)[0] == axis}
         for method in dict.fromkeys(row.method for row in rows):
             mine = [r for r in rows if r.method == method and r.case.rsplit(" ", 1)[0] == axis]
             x = [int(r.case.rsplit(" ", 1)[1]) for r in mine]
@@ -158,6 +159,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             grid[1][column].plot(x, [r.both_mib for r in mine], marker="o", label=method)
         for line, unit in ((0, "forward + backward, ms"), (1, "extra peak, MiB")):
             grid[line][column].set(xscale="log", yscale="log", xlabel=axis, ylabel=unit)
+            grid[line][column].set_xticks(sorted(ticks), labels=sorted(ticks))
+            grid[line][column].minorticks_off()
     grid[0][0].legend(fontsize=7)
     figure.suptitle(f"word_attention on {device_name()}")
     figure.tight_layout()
