@@ -83,7 +83,7 @@ def attend(
         tl.store(p, tl.load(p, mask=m, other=0.0) + b_map, mask=m)
 
 
-def blocks(b: int, q: int, d: int) -> dict:
+def blocks(b: int, q: int, d: int, dtype: torch.dtype) -> dict:
     """Pixels a program and the chunk of d. Few programs get few pixels: an H100 has 132 SMs, and 32² pixels are 32 blocks of 32.
 
     Tried by compiling (no GPU at hand): 64 pixels and 8 warps take 84 to 96 KB of shared memory, so one block an SM on an
@@ -91,7 +91,10 @@ def blocks(b: int, q: int, d: int) -> dict:
     third less work in the dots but twice the code, for a kernel that waits for memory.
     """
     chunk = min((64, 32, 16), key=lambda size: (triton.cdiv(d, size) * size, -size))
-    return {"BQ": 32 if b * triton.cdiv(q, 32) >= 128 else 16, "BD": chunk, "num_warps": 4}
+    many = (
+        b * triton.cdiv(q, 32) >= 128 and dtype != torch.float32
+    )  # tf32x3 spills a little at 16 pixels (100 bytes), more at 32
+    return {"BQ": 32 if many else 16, "BD": chunk, "num_warps": 4}
 
 
 @torch.no_grad()
@@ -116,7 +119,7 @@ def diffusion_attention(
     out = torch.empty_like(query)
     if out.stride(-1) != 1:  # an expanded query
         out = query.new_empty(query.shape)
-    size = blocks(b, q, d)
+    size = blocks(b, q, d, query.dtype)
     attend[triton.cdiv(q, size["BQ"]), b](
         query, *query.stride()[:3], key, *key.stride()[:3], value, *value.stride()[:3], out, *out.stride()[:3],
         word_weights, *word_weights.stride(), maps, *maps.stride(), h, q, length, w,

@@ -216,7 +216,8 @@ def blocks(group: int, n: int, d: int, dtype: torch.dtype) -> dict:
     bd = max(16, triton.next_power_of_2(d))
     small = dtype == torch.float32 or bd > 128
     rows = min(16 if small else 64, max(16, triton.next_power_of_2(n * group)))
-    return {"BR": rows, "BD": bd, "BX": 16 if small else 32, "BK": 32 if small else 64}
+    few = rows == 16 and not small  # 16 rows are one tensor-core tile: too few for 8 warps
+    return {"BR": rows, "BD": bd, "BX": 16 if small else 32, "BK": 32 if small else 64, "num_warps": 4 if few else 8}
 
 
 def arguments(query: Tensor, key: Tensor, mask: Tensor, tokens: Tensor, scale: float) -> tuple:
@@ -232,7 +233,7 @@ class WordAttention(torch.autograd.Function):
         hc, _, gy, gx = canvas = (*index.shape[1:], rows.shape[1], cols.shape[1])
         size = blocks(h // hkv, n, d, query.dtype)
         meta = {
-            "GROUP": h // hkv, "D": d, "MASK": kind, "BR": size["BR"], "BD": size["BD"], "num_warps": 8,
+            "GROUP": h // hkv, "D": d, "MASK": kind, "BR": size["BR"], "BD": size["BD"], "num_warps": size["num_warps"],
             "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",  # of fp32 operands; half ones go in as they are
         }  # fmt: skip
         row_blocks, bnh = triton.cdiv(n * h // hkv, size["BR"]), b * n * h
