@@ -14,6 +14,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from lavender_min.toy import data, models, world
 
 SCENES = 20_000  # of the pretraining split
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VLM_KINDS = ("caption", "caption", "color", "exists")  # as often as they stand here
+VLM_KINDS = ("caption", "color", "exists")
 LATENT_SPREAD = 0.7  # standard deviation of the scaled latents: below 1, more of the picture is lost to noise,
 # so the UNet has to read the text
 
@@ -108,8 +109,12 @@ def train_vae(pipe, images: np.ndarray, out: Path, steps: int = 1500, crop: int 
     fit("vae", pipe.vae, loss_of, steps, 2e-3, out)
 
 
-def train_sd(pipe, images: np.ndarray, out: Path, steps: int = 3000, batch: int = 32) -> None:
-    """v-prediction; a fifth of the time steps below 250, the rest above, where only the text tells what is there."""
+def train_sd(pipe, images: np.ndarray, out: Path, steps: tuple[int, int] = (3000, 2500), batch: int = 32) -> None:
+    """v-prediction; a fifth of the time steps below 250, the rest above, where only the text tells what is there.
+
+    In two phases, each with its own warm-up and cosine: short captions first, then more full listings and questions, so
+    that every word of a long text finds its place.
+    """
     scheduler = pipe.scheduler
     with torch.no_grad():
         latents = torch.cat(
@@ -121,7 +126,7 @@ def train_sd(pipe, images: np.ndarray, out: Path, steps: int = 3000, batch: int 
     pipe.vae.register_to_config(scaling_factor=LATENT_SPREAD / latents.std().item())
     latents = latents * pipe.vae.config.scaling_factor
 
-    def loss_of(rng):
+    def loss_of(rng, prompt):
         picked = rng.integers(0, len(latents), batch)
         tokens = pipe.tokenizer(
             [prompt(data.scene_of(int(i)), rng) for i in picked],
@@ -134,33 +139,58 @@ def train_sd(pipe, images: np.ndarray, out: Path, steps: int = 3000, batch: int 
         made = pipe.unet(noisy, t, pipe.text_encoder(tokens).last_hidden_state).sample
         return nn.functional.mse_loss(made.float(), scheduler.get_velocity(clean, noise, t))
 
-    fit("sd", nn.ModuleList([pipe.unet, pipe.text_encoder]), loss_of, steps, 1e-3, out)
+    both = nn.ModuleList([pipe.unet, pipe.text_encoder])
+    fit("sd", both, partial(loss_of, prompt=short_prompt), steps[0], 1e-3, out)
+    fit("sd_long", both, partial(loss_of, prompt=long_prompt), steps[1], 1e-3, out)
 
 
-def prompt(scene: world.Scene, rng: np.random.Generator) -> str:
+def short_prompt(scene: world.Scene, rng: np.random.Generator) -> str:
     """Any sentence the world has: captions of both kinds, or a question with its answer; now and then nothing at all."""
     kind = rng.random()
     if kind < 0.08:
         return ""
     if kind < 0.7:
         return (world.caption if kind < 0.35 else world.relation)(scene, rng).text
+    return question(scene, rng)
+
+
+def long_prompt(scene: world.Scene, rng: np.random.Generator) -> str:
+    """As before, but captions of one kind name everything."""
+    kind = rng.random()
+    if kind < 0.05:
+        return ""
+    if kind < 0.75:
+        return (world.listing if kind < 0.5 else world.relation)(scene, rng).text
+    return question(scene, rng)
+
+
+def question(scene: world.Scene, rng: np.random.Generator) -> str:
     ask = world.QUESTIONS[str(rng.choice(list(world.QUESTIONS)))]
     return " ".join(spoken.text for spoken in ask(scene, rng))
 
 
-def train_vlm(
-    model, processor, images: np.ndarray, out: Path, steps: int = 2500, scenes: int = 16, texts: int = 4
-) -> None:
-    """`texts` sentences are read against each picture, so the vision tower runs once for all of them."""
+def train_vlm(model, processor, images: np.ndarray, out: Path, steps: tuple[int, int] = (2500, 2000)) -> None:
+    """Several sentences are read against each picture, so the vision tower runs once for all of them.
+
+    In two phases, each with its own warm-up and cosine: 16 pictures and 4 sentences each, mostly lists, then twice the
+    pictures (the vision tower is what learns slowest) and more questions.
+    """
     tiles = data.SIDE // models.TILE
     mean = torch.tensor(processor.image_processor.image_mean)[:, None, None]
     std = torch.tensor(processor.image_processor.image_std)[:, None, None]
     canvas = processor.image_processor(images=[data.example("pretrain-00000-caption").image()], return_tensors="pt")
     encoded = [
-        encode(processor, [data.example(f"pretrain-{i:05d}-{kind}") for kind in VLM_KINDS]) for i in range(len(images))
+        dict(
+            zip(
+                VLM_KINDS,
+                encode(processor, [data.example(f"pretrain-{i:05d}-{kind}") for kind in VLM_KINDS]),
+                strict=True,
+            )
+        )
+        for i in tqdm(range(len(images)), desc="reading", mininterval=5)
     ]
 
-    def loss_of(rng):
+    def loss_of(rng, scenes: int, texts: int, kinds: tuple[str, ...]):
         picked = np.sort(rng.choice(len(images), scenes, replace=False))
         pixels = (
             rearrange(torch.from_numpy(images[picked]), "b (r y) (c x) k -> b 1 (r c) k y x", r=tiles, c=tiles).float()
@@ -173,7 +203,7 @@ def train_vlm(
         )
         states = model.model.vision_model(**seen).last_hidden_state
         states = model.model.multi_modal_projector(states).reshape(scenes, -1, model.config.text_config.hidden_size)
-        lines = [encoded[i][k] for i in picked for k in rng.integers(0, len(VLM_KINDS), texts)]
+        lines = [encoded[i][kinds[k]] for i in picked for k in rng.integers(0, len(kinds), texts)]
         longest = max(len(ids) for ids, _ in lines)
         pad = processor.tokenizer.pad_token_id
         ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in lines], device=DEVICE)
@@ -190,7 +220,9 @@ def train_vlm(
         for name, parameter in model.named_parameters():
             if "cross_attn_attn_gate" in name or "cross_attn_mlp_gate" in name:
                 parameter.fill_(0.5)
-    fit("vlm", model, loss_of, steps, 1.5e-3, out)
+    lists = ("caption", *VLM_KINDS)  # twice as many lists as questions of either kind
+    fit("vlm", model, partial(loss_of, scenes=16, texts=4, kinds=lists), steps[0], 1.5e-3, out)
+    fit("vlm_more", model, partial(loss_of, scenes=32, texts=2, kinds=VLM_KINDS), steps[1], 1.5e-3, out)
 
 
 def encode(processor, examples) -> list[tuple[list[int], list[int]]]:

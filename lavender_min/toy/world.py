@@ -151,9 +151,9 @@ def caption(scene: Scene, rng: np.random.Generator) -> Line:
     return line(" and ".join([", ".join(nouns[:-1])] * (len(nouns) > 1) + nouns[-1:]))
 
 
-def listing(scene: Scene) -> Line:
-    """ "a small red circle, a large green cross and a small blue star": everything, in full, from left to right."""
-    order = sorted(range(len(scene.things)), key=lambda i: scene.things[i].x)
+def listing(scene: Scene, rng: np.random.Generator | None = None) -> Line:
+    """ "a small red circle, a large green cross and a small blue star": everything, in full, from left to right or shuffled."""
+    order = rng.permutation(len(scene.things)) if rng else np.argsort([t.x for t in scene.things])
     nouns = [
         f"{article(t.size)} [{t.size}|{i}] [{t.color}|{i}] [{t.shape}|{i}]" for i in order for t in [scene.things[i]]
     ]
