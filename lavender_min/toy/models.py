@@ -163,6 +163,7 @@ def mllama(corpus: Iterable[str]) -> tuple[Any, MllamaProcessor]:
         vision_output_dim=192,
         intermediate_layers_indices=[1],
         image_size=TILE,
+        initializer_range=0.08,
         patch_size=PATCH,
         max_num_tiles=MAX_TILES,
         supported_aspect_ratios=[[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
@@ -170,6 +171,7 @@ def mllama(corpus: Iterable[str]) -> tuple[Any, MllamaProcessor]:
     text = dict(
         vocab_size=len(tokenizer) - 1,  # the image token has an embedding but no logit, as in Llama 3.2
         hidden_size=128,
+        initializer_range=0.08,  # about 1/√width; the usual 0.02 is for widths of thousands, and here hides the picture
         num_hidden_layers=6,
         cross_attention_layers=[1, 3, 5],
         num_attention_heads=4,

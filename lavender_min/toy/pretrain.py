@@ -169,28 +169,20 @@ def question(scene: world.Scene, rng: np.random.Generator) -> str:
     return " ".join(spoken.text for spoken in ask(scene, rng))
 
 
-def train_vlm(model, processor, images: np.ndarray, out: Path, steps: tuple[int, int] = (2500, 2000)) -> None:
-    """Several sentences are read against each picture, so the vision tower runs once for all of them.
-
-    In two phases, each with its own warm-up and cosine: 16 pictures and 4 sentences each, mostly lists, then twice the
-    pictures (the vision tower is what learns slowest) and more questions.
-    """
+def train_vlm(
+    model, processor, images: np.ndarray, out: Path, steps: int = 1600, scenes: int = 32, texts: int = 2
+) -> None:
+    """Several sentences are read against each picture, so the vision tower runs once for all of them."""
     tiles = data.SIDE // models.TILE
     mean = torch.tensor(processor.image_processor.image_mean)[:, None, None]
     std = torch.tensor(processor.image_processor.image_std)[:, None, None]
     canvas = processor.image_processor(images=[data.example("pretrain-00000-caption").image()], return_tensors="pt")
     encoded = [
-        dict(
-            zip(
-                VLM_KINDS,
-                encode(processor, [data.example(f"pretrain-{i:05d}-{kind}") for kind in VLM_KINDS]),
-                strict=True,
-            )
-        )
+        encode(processor, [data.example(f"pretrain-{i:05d}-{kind}") for kind in VLM_KINDS])
         for i in tqdm(range(len(images)), desc="reading", mininterval=5)
     ]
 
-    def loss_of(rng, scenes: int, texts: int, kinds: tuple[str, ...]):
+    def loss_of(rng):
         picked = np.sort(rng.choice(len(images), scenes, replace=False))
         pixels = (
             rearrange(torch.from_numpy(images[picked]), "b (r y) (c x) k -> b 1 (r c) k y x", r=tiles, c=tiles).float()
@@ -203,7 +195,7 @@ def train_vlm(model, processor, images: np.ndarray, out: Path, steps: tuple[int,
         )
         states = model.model.vision_model(**seen).last_hidden_state
         states = model.model.multi_modal_projector(states).reshape(scenes, -1, model.config.text_config.hidden_size)
-        lines = [encoded[i][kinds[k]] for i in picked for k in rng.integers(0, len(kinds), texts)]
+        lines = [encoded[i][k] for i in picked for k in rng.integers(0, len(VLM_KINDS), texts)]
         longest = max(len(ids) for ids, _ in lines)
         pad = processor.tokenizer.pad_token_id
         ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in lines], device=DEVICE)
@@ -220,9 +212,7 @@ def train_vlm(model, processor, images: np.ndarray, out: Path, steps: tuple[int,
         for name, parameter in model.named_parameters():
             if "cross_attn_attn_gate" in name or "cross_attn_mlp_gate" in name:
                 parameter.fill_(0.5)
-    lists = ("caption", *VLM_KINDS)  # twice as many lists as questions of either kind
-    fit("vlm", model, partial(loss_of, scenes=16, texts=4, kinds=lists), steps[0], 1.5e-3, out)
-    fit("vlm_more", model, partial(loss_of, scenes=32, texts=2, kinds=VLM_KINDS), steps[1], 1.5e-3, out)
+    fit("vlm", model, loss_of, steps, 1.5e-3, out)
 
 
 def encode(processor, examples) -> list[tuple[list[int], list[int]]]:
