@@ -114,21 +114,22 @@ def test_the_shipped_models_load_by_the_libraries_own_calls(pipe):
 
 def test_stable_diffusion_reads_its_text(pipe):
     """A picture is denoised better with its own caption than with that of another picture, and than with none."""
-    examples = [data.example(f"heldout-{i:05d}-caption") for i in range(32)]
+    examples = [data.example(f"heldout-{i:05d}-caption") for i in range(64)]
     texts = [e.answer for e in examples]
     pixels = torch.stack([diffusion.frame_image(e.image(), 128) for e in examples])
     with torch.no_grad():
         latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-        t = torch.full((32,), 700)
+        t = torch.full((64,), 600)
         noisy, wanted = pipe.scheduler.add_noise(latents, noise, t), pipe.scheduler.get_velocity(latents, noise, t)
         errors = []
-        for said in (texts, texts[1:] + texts[:1], [""] * 32):
+        for said in (texts, texts[1:] + texts[:1], [""] * 64):
             ids = pipe.tokenizer(said, padding="max_length", max_length=40, return_tensors="pt").input_ids
             made = pipe.unet(noisy, t, pipe.text_encoder(ids).last_hidden_state).sample
             errors.append((made - wanted).square().mean((1, 2, 3)))
     own, other, none = errors
-    assert (own < other).float().mean() > 0.9 and (own < none).float().mean() > 0.8
+    assert own.mean() < 0.85 * other.mean() and (own < other).float().mean() > 0.8
+    assert own.mean() < 0.95 * none.mean()
 
 
 @pytest.mark.slow
