@@ -3,9 +3,10 @@
 Three trainings, each on the pretraining split only, each resumable (it saves itself every few hundred steps and goes
 on where it was when started again), each a pure function of its step number, so a resumed run sees the same data:
 
-    vae   pictures to 4 × 16 × 16 latents and back, on random crops (it is convolutional)
+    vae   pictures of 64 px to 8 × 16 × 16 latents and back, on random crops (it is convolutional)
     sd    text encoder and UNet together, v-prediction, on the latents
-    vlm   the whole Mllama, on lists of what is there and two kinds of question, without relations or places
+    vlm   Mllama's vision tower on what each patch shows, then the whole Mllama on lists of what is there and two kinds of
+          question, without relations or places
 
 On a CPU they take an hour or two; `vlm` does not need the others and can run beside them.
 """
@@ -14,13 +15,13 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,6 +31,7 @@ from lavender_min.toy import data, models, world
 SCENES = 20_000  # of the pretraining split
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VLM_KINDS = ("caption", "color", "exists")
+KINDS_OF_PATCH = (world.SHAPES, tuple(world.COLORS), tuple(world.SIZES))  # in the order of a Thing's fields
 LATENT_SPREAD = 0.7  # standard deviation of the scaled latents: below 1, more of the picture is lost to noise,
 # so the UNet has to read the text
 
@@ -97,11 +99,10 @@ def corpus() -> list[str]:
     return texts
 
 
-def train_vae(pipe, images: np.ndarray, out: Path, steps: int = 1500, crop: int = 64, batch: int = 16) -> None:
+def train_vae(pipe, images: np.ndarray, out: Path, steps: int = 2000, batch: int = 24, crop: int = 32) -> None:
     def loss_of(rng):
-        y, x = rng.integers(0, data.SIDE - crop + 1, 2)
-        picked = np.sort(rng.choice(len(images), batch, replace=False))
-        pixels = as_pixels(images[picked][:, y : y + crop, x : x + crop])
+        y, x = rng.integers(0, models.SD_SIDE - crop + 1, 2)
+        pixels = framed(images[np.sort(rng.choice(len(images), batch, replace=False))])[..., y : y + crop, x : x + crop]
         posterior = pipe.vae.encode(pixels).latent_dist
         made = pipe.vae.decode(posterior.sample()).sample.float()
         return (made - pixels).abs().mean() + (made - pixels).square().mean() + 1e-5 * posterior.kl().mean()
@@ -109,24 +110,20 @@ def train_vae(pipe, images: np.ndarray, out: Path, steps: int = 1500, crop: int 
     fit("vae", pipe.vae, loss_of, steps, 2e-3, out)
 
 
-def train_sd(pipe, images: np.ndarray, out: Path, steps: tuple[int, int] = (3000, 2500), batch: int = 32) -> None:
-    """v-prediction; a fifth of the time steps below 250, the rest above, where only the text tells what is there.
-
-    In two phases, each with its own warm-up and cosine: short captions first, then more full listings and questions, so
-    that every word of a long text finds its place.
-    """
+def train_sd(pipe, images: np.ndarray, out: Path, steps: int = 5000, batch: int = 32) -> None:
+    """v-prediction; a fifth of the time steps below 250, the rest above, where only the text tells what is there."""
     scheduler = pipe.scheduler
     with torch.no_grad():
         latents = torch.cat(
             [
-                pipe.vae.encode(as_pixels(images[i : i + 50])).latent_dist.mode().float()
+                pipe.vae.encode(framed(images[i : i + 50])).latent_dist.mode().float()
                 for i in tqdm(range(0, len(images), 50), desc="encoding", mininterval=5)
             ]
         )
     pipe.vae.register_to_config(scaling_factor=LATENT_SPREAD / latents.std().item())
     latents = latents * pipe.vae.config.scaling_factor
 
-    def loss_of(rng, prompt):
+    def loss_of(rng):
         picked = rng.integers(0, len(latents), batch)
         tokens = pipe.tokenizer(
             [prompt(data.scene_of(int(i)), rng) for i in picked],
@@ -139,28 +136,26 @@ def train_sd(pipe, images: np.ndarray, out: Path, steps: tuple[int, int] = (3000
         made = pipe.unet(noisy, t, pipe.text_encoder(tokens).last_hidden_state).sample
         return nn.functional.mse_loss(made.float(), scheduler.get_velocity(clean, noise, t))
 
-    both = nn.ModuleList([pipe.unet, pipe.text_encoder])
-    fit("sd", both, partial(loss_of, prompt=short_prompt), steps[0], 1e-3, out)
-    fit("sd_long", both, partial(loss_of, prompt=long_prompt), steps[1], 1e-3, out)
+    fit("sd", nn.ModuleList([pipe.unet, pipe.text_encoder]), loss_of, steps, 1e-3, out)
 
 
-def short_prompt(scene: world.Scene, rng: np.random.Generator) -> str:
-    """Any sentence the world has: captions of both kinds, or a question with its answer; now and then nothing at all."""
-    kind = rng.random()
-    if kind < 0.08:
-        return ""
-    if kind < 0.7:
-        return (world.caption if kind < 0.35 else world.relation)(scene, rng).text
-    return question(scene, rng)
+def framed(images: np.ndarray) -> Tensor:
+    """uint8 [b, y, x, 3] to [b, 3, S, S] in [-1, 1], as Stable Diffusion will be shown them."""
+    small = [Image.fromarray(i).resize((models.SD_SIDE, models.SD_SIDE), Image.Resampling.BICUBIC) for i in images]
+    pixels = torch.from_numpy(np.stack([np.asarray(i) for i in small])).to(DEVICE)
+    return (rearrange(pixels, "b y x c -> b c y x").float() / 127.5 - 1).to(memory_format=torch.channels_last)
 
 
-def long_prompt(scene: world.Scene, rng: np.random.Generator) -> str:
-    """As before, but captions of one kind name everything."""
+def prompt(scene: world.Scene, rng: np.random.Generator) -> str:
+    """Any sentence the world has: everything, two things, or a question with its answer; now and then nothing at all.
+
+    Many name a thing by its shape alone: with the colour beside it, a model of this size learns to ask for the colour.
+    """
     kind = rng.random()
     if kind < 0.05:
         return ""
-    if kind < 0.75:
-        return (world.listing if kind < 0.5 else world.relation)(scene, rng).text
+    if kind < 0.65:
+        return (world.listing if kind < 0.35 else world.relation)(scene, rng).text
     return question(scene, rng)
 
 
@@ -170,10 +165,15 @@ def question(scene: world.Scene, rng: np.random.Generator) -> str:
 
 
 def train_vlm(
-    model, processor, images: np.ndarray, out: Path, steps: int = 1600, scenes: int = 32, texts: int = 2
+    model, processor, images: np.ndarray, out: Path, steps: tuple[int, int] = (1000, 3000), scenes: int = 32, texts=2
 ) -> None:
-    """Several sentences are read against each picture, so the vision tower runs once for all of them."""
-    tiles = data.SIDE // models.TILE
+    """The vision tower first, alone, then everything.
+
+    Llama's vision tower came trained, on pictures with texts; this one learns what each of its patches shows (shape,
+    colour and size, or background), through three heads that are thrown away. Without it most steps go into finding out
+    that pictures hold things. Then several sentences are read against each picture, so the tower runs once for all.
+    """
+    tiles, tower = data.SIDE // models.TILE, model.model.vision_model
     mean = torch.tensor(processor.image_processor.image_mean)[:, None, None]
     std = torch.tensor(processor.image_processor.image_std)[:, None, None]
     canvas = processor.image_processor(images=[data.example("pretrain-00000-caption").image()], return_tensors="pt")
@@ -182,7 +182,8 @@ def train_vlm(
         for i in tqdm(range(len(images)), desc="reading", mininterval=5)
     ]
 
-    def loss_of(rng):
+    def look(rng):
+        """Some scenes and the tower's states of their patches, [scenes, tiles, CLS + patches + padding, d]."""
         picked = np.sort(rng.choice(len(images), scenes, replace=False))
         pixels = (
             rearrange(torch.from_numpy(images[picked]), "b (r y) (c x) k -> b 1 (r c) k y x", r=tiles, c=tiles).float()
@@ -193,7 +194,22 @@ def train_vlm(
             aspect_ratio_ids=canvas["aspect_ratio_ids"].expand(scenes, -1).to(DEVICE),
             aspect_ratio_mask=canvas["aspect_ratio_mask"].expand(scenes, -1, -1).to(DEVICE),
         )
-        states = model.model.vision_model(**seen).last_hidden_state
+        return picked, tower(**seen).last_hidden_state[:, 0]
+
+    heads = nn.ModuleList(
+        nn.Linear(model.config.vision_config.vision_output_dim, 1 + len(kinds)) for kinds in KINDS_OF_PATCH
+    )
+
+    def patch_loss(rng):
+        picked, states = look(rng)
+        side = models.TILE // models.PATCH
+        kinds = torch.from_numpy(np.stack([patch_kinds(data.scene_of(int(i)), tiles * side) for i in picked]))
+        kinds = rearrange(kinds, "b k (r y) (c x) -> k (b r c y x)", r=tiles, c=tiles).to(DEVICE)
+        patches = states[:, :, 1 : 1 + side * side].flatten(0, 2)
+        return sum(nn.functional.cross_entropy(head(patches).float(), k) for head, k in zip(heads, kinds, strict=True))
+
+    def loss_of(rng):
+        picked, states = look(rng)
         states = model.model.multi_modal_projector(states).reshape(scenes, -1, model.config.text_config.hidden_size)
         lines = [encoded[i][k] for i in picked for k in rng.integers(0, len(VLM_KINDS), texts)]
         longest = max(len(ids) for ids, _ in lines)
@@ -208,11 +224,23 @@ def train_vlm(
         ).logits
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
+    fit("vlm_tower", nn.ModuleList([tower, heads]), patch_loss, steps[0], 2e-3, out)
     with torch.no_grad():  # the gates start at tanh(0) = 0: a picture nobody looks at teaches nothing
         for name, parameter in model.named_parameters():
             if "cross_attn_attn_gate" in name or "cross_attn_mlp_gate" in name:
                 parameter.fill_(0.5)
-    fit("vlm", model, loss_of, steps, 1.5e-3, out)
+    fit("vlm", model, loss_of, steps[1], 1.5e-3, out)
+
+
+def patch_kinds(scene: world.Scene, side: int) -> np.ndarray:
+    """int64 [shape | colour | size, side, side]: which one the centre of each cell shows, 0 for the background."""
+    masks = world.visible_masks(scene, side)
+    return np.stack(
+        [
+            sum(mask * (1 + kinds.index(thing[k])) for mask, thing in zip(masks, scene.things, strict=True))
+            for k, kinds in enumerate(KINDS_OF_PATCH)
+        ]
+    )
 
 
 def encode(processor, examples) -> list[tuple[list[int], list[int]]]:
@@ -226,12 +254,6 @@ def encode(processor, examples) -> list[tuple[list[int], list[int]]]:
         ids, known = (processor.tokenizer(t, add_special_tokens=False).input_ids for t in (chat, start))
         rows.append((ids, [-100] * len(known) + ids[len(known) :]))
     return rows
-
-
-def as_pixels(images: np.ndarray) -> Tensor:
-    """uint8 [b, y, x, 3] to floats in [-1, 1], [b, 3, y, x]."""
-    pixels = rearrange(torch.from_numpy(np.ascontiguousarray(images)).to(DEVICE), "b y x c -> b c y x").float()
-    return (pixels / 127.5 - 1).to(memory_format=torch.channels_last)
 
 
 def main() -> None:
