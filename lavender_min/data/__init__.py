@@ -1,21 +1,23 @@
 """Picture-and-text data, in one shape: a list of `Example`, whatever the files look like.
 
 `load("flickr30k", root)` finds the reader by name; each reader is a file of this folder with one function, `load`.
-Pictures are opened only when asked for, so a list of 100,000 examples costs little.
+Texts are read at once; a picture is opened when it is asked for, so a list of 100,000 examples costs some 100 MB.
 """
 
 import importlib
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image, ImageOps
 
 CAPTION_PROMPT = "Describe the image in a single sentence as a caption."  # what a VLM is asked for a bare caption
 
-# What a picture file can raise when it is not a whole picture: cut short, of no known kind, or too large to be meant.
-BROKEN_PICTURE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# What a picture file can raise when it is not a whole picture: cut short, of no known kind, too large to be meant, or
+# (TypeError) with notes of the camera's that make no sense.
+BROKEN_PICTURE = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError)
 
 
 class Example(NamedTuple):
@@ -32,33 +34,50 @@ class Example(NamedTuple):
         return {"question": self.question, "answer": self.answer}
 
 
+_TOY = Path(__file__).parent.parent / "toy" / "models"
+
+
 class Source(NamedTuple):
     """What `--data NAME` stands for: its reader, and the defaults that go with it."""
 
     reader: str  # a module with load(**options) -> list[Example]
-    options: tuple[str, ...]  # which of root, split, captions it takes
-    root: str | None  # where the files are looked for
-    sd: str  # Stable Diffusion for stage 1
-    vlm: str  # the host for stage 2
+    options: tuple[str, ...] = ("root",)  # which of root, split, captions it takes
+    hub: Mapping[str, tuple[str, str]] = {}  # Parquet copies: hub id ─► (revision, the files that matter)
+    sd: str = "CompVis/stable-diffusion-v1-4"  # for stage 1
+    vlm: str = "meta-llama/Llama-3.2-11B-Vision-Instruct"  # the host for stage 2
 
-
-_SD = "CompVis/stable-diffusion-v1-4"
-_VLM = "meta-llama/Llama-3.2-11B-Vision-Instruct"
-_TOY = Path(__file__).parent.parent / "toy" / "models"
 
 SOURCES = {
-    "flickr30k": Source("lavender_min.data.flickr30k", ("root", "split", "captions"), "data/flickr30k", _SD, _VLM),
-    "folder": Source("lavender_min.data.folder", ("root",), "data/folder", _SD, _VLM),
-    "toy": Source("lavender_min.toy.data", ("split",), None, str(_TOY / "sd"), str(_TOY / "vlm")),
+    "flickr30k": Source(
+        "lavender_min.data.flickr30k",
+        ("root", "split", "captions"),
+        {
+            "nlphuji/flickr30k": ("refs/convert/parquet", "TEST/test/*.parquet"),  # all splits, in spite of the name
+            "lmms-lab/flickr30k": ("main", "data/test-*.parquet"),  # all pictures; does not say which split
+        },
+    ),
+    "laion50k": Source("lavender_min.data.laion50k"),
+    "rlaifv83k": Source(
+        "lavender_min.data.rlaifv83k",
+        hub={"openbmb/RLAIF-V-Dataset": ("main", "RLAIF-V-Dataset_*.parquet")},
+    ),
+    "ocrvqa30k": Source(
+        "lavender_min.data.ocrvqa30k",
+        ("root", "captions"),
+        {"HuggingFaceM4/the_cauldron": ("main", "ocrvqa/train-0000[01]-of-*.parquet")},  # the first 30,000 of 165,746
+    ),
+    "folder": Source("lavender_min.data.folder"),
+    "toy": Source("lavender_min.toy.data", ("split",), sd=str(_TOY / "sd"), vlm=str(_TOY / "vlm")),
 }
 
 
 def load(
     name: str, root: str | Path | None = None, split: str | None = None, captions: str | None = None
 ) -> list[Example]:
-    """The examples of a data set. Whatever is None takes the data set's own default.
+    """The examples of a data set; those without text are left out, in one line on stderr.
 
-    Raises FileNotFoundError or ValueError, in one line, when the data is not there or not as expected.
+    `root` is a folder, or one of the data set's ids in `Source.hub`; whatever is None takes the data set's own default.
+    Raises OSError (which FileNotFoundError is) or ValueError, in one line, when the data is not there or not as expected.
     """
     if name not in SOURCES:
         raise ValueError(f"--data must be one of {', '.join(SOURCES)}; got {name!r}")
@@ -70,15 +89,52 @@ def load(
             flag = "--data_root" if option == "root" else f"--{option}"
             raise ValueError(f"--data {name} takes no {flag}")
     if "root" in source.options:
-        options["root"] = Path(root if root is not None else str(source.root))
-    examples = importlib.import_module(source.reader).load(**options)
+        folder = Path(root or f"data/{name}")
+        at_hub = source.hub.get(str(folder))
+        options["root"] = fetch(str(folder), *at_hub) if at_hub and not folder.exists() else folder
+    found = importlib.import_module(source.reader).load(**options)
+    examples = [example for example in found if example.answer.strip()]
+    if not examples:
+        raise ValueError(f"--data {name}: none of {len(found):,} entries has text")
+    if len(examples) < len(found):
+        say(f"--data {name}: {len(found) - len(examples):,} of {len(found):,} entries have no text and are left out")
     double = [id for id, count in Counter(example.id for example in examples).items() if count > 1]
     if double:
         raise ValueError(f"--data {name}: the id {double[0]!r} stands for more than one example")
     return examples
 
 
-def open_image(path: str | Path) -> Image.Image:
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def fetch(hub_id: str, revision: str, files: str) -> Path:
+    """The folder with these files of a data set of the hub, downloaded once into the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        copy = snapshot_download(hub_id, repo_type="dataset", revision=revision, allow_patterns=files)
+    except OSError as error:  # no network, no such data set, no permission, no room
+        reason = str(error).strip().partition("\n")[0]
+        raise OSError(
+            f"{hub_id} could not be fetched ({type(error).__name__}: {reason}); "
+            "log in where there is a network, or pass a folder as --data_root"
+        ) from error
+    return (Path(copy) / files).parent
+
+
+def open_image(file: str | Path | BinaryIO) -> Image.Image:
     """A picture file, whole, upright (cameras note the rotation in EXIF) and RGB."""
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def picture_folder(root: Path, folders: Sequence[str], files: Sequence[str]) -> Path:
+    """The first folder that holds any of these pictures (some may be missing: those are skipped one by one)."""
+    for folder in (root / name for name in folders):
+        if any((folder / file).is_file() for file in files):
+            return folder
+    raise FileNotFoundError(
+        f"the texts in {root} are there but not the pictures: looked for {files[0]} and others in "
+        f"{', '.join(str(root / name) for name in folders)}"
+    )

@@ -1,0 +1,29 @@
+"""RLAIF-V 83k: 83,132 questions about pictures of many data sets, with a preferred and a rejected answer.
+
+The Parquet files of openbmb/RLAIF-V-Dataset (RLAIF-V-Dataset_000.parquet and on; 13 GB): image {bytes, path}, question,
+chosen, rejected, idx, and where the picture came from. The chosen answer is the one to learn.
+"""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from lavender_min.data import Example, parquet
+
+
+def load(root: Path) -> list[Example]:
+    """One example a row; its id is "<idx>#<n>", n counting the rows that share an idx."""
+    files = parquet.find(root)
+    if not files:
+        raise FileNotFoundError(
+            f"no RLAIF-V in {root}: looked for Parquet files; download openbmb/RLAIF-V-Dataset and pass --data_root, or "
+            "have it downloaded (--data_root openbmb/RLAIF-V-Dataset), or try --data toy"
+        )
+    table = parquet.read(files, ("image", "question", "chosen", "idx"))
+    examples, seen = [], Counter[str]()
+    for row, text in enumerate(table.select(["question", "chosen", "idx"]).to_pylist()):
+        image = partial(parquet.open_cell, table, "image", row)
+        id = f"{text['idx']}#{seen[text['idx']]}"
+        seen[text["idx"]] += 1
+        examples.append(Example(id, image, (text["question"] or "").strip(), (text["chosen"] or "").strip()))
+    return examples
