@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from lavender_min import maps as maps_module
+from lavender_min.maps import store as maps_module
 from lavender_min.maps import MAX_ENTROPY, MapStore, MapWriter, entropy
 from lavender_min.words import Word, find_words
 
@@ -84,7 +84,7 @@ def test_going_on_and_several_writers(tmp_path):
             (first if i % 2 else second).add(*row(i))
     fill(tmp_path, range(22), shard_size=100)
     same(MapStore(tmp_path), range(22))
-    total = sum(len(maps_module._read_ids(shard)) for shard in maps_module._shards(tmp_path))
+    total = sum(len(maps_module.read_ids(shard)) for shard in maps_module.shard_files(tmp_path))
     assert total == 22  # nothing twice on the disk either
 
 

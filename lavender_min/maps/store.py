@@ -1,18 +1,13 @@
-"""The attention-map store: what stage 1 leaves on disk and stage 2 trains on.
+"""The map store on disk: shards, their writer and their reader. `lavender_min.maps` says what a store is.
 
-A store is a folder:
+The layout follows from what one row costs. Read through Parquet, a row costs its whole row group: with 8 words a row, 0.2 ms
+for groups of 3 rows and 1.5 ms for groups of 32, nearly all of it for the maps; and small groups make long footers (270 MB
+for 100,000 rows in groups of 3). So groups are of 32 rows and only the texts come through Parquet (0.06 ms). The maps are
+stored as they are, in one page a group: the values are the last bytes of the group's column, where a row's begin follows
+from the number of words before it, and just those bytes are read. To every other reader the file is ordinary Parquet.
 
-    recipe.json                  how the maps were made; every shard here was made that way
-    maps-r000-00000.parquet      shard 0 of process 0: up to `shard_size` rows, one row an example
-    maps-r000-00001.parquet      ...
-
-A row holds id, question, answer, words (text, field, start, end), maps (float16, flattened from [w, 32, 32], raw
-probabilities) and sos (the share of attention the start-of-text token took). The shards are ordinary Parquet:
-`datasets.load_dataset("parquet", data_files="maps/flickr30k/*.parquet")` reads them.
-
-A shard is written aside, flushed to the disk, and only then given its name, so a shard that is there is whole: a run
-killed at any moment loses at most the rows it had not yet written. Its footer lists its ids, so opening a store reads
-footers only, and one row is fetched by reading the small row group it lies in, in constant memory.
+Files are read, not memory-mapped: what was read does not stay in the process, forked workers may share a handle (each
+read carries its own position), and a file that is cut short meanwhile is an error, not a SIGBUS.
 """
 
 import contextlib
@@ -20,7 +15,9 @@ import fcntl
 import json
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -34,8 +31,10 @@ from torch import Tensor
 from lavender_min.geometry import MAP_SIDE
 from lavender_min.words import Word
 
-ROWS_PER_GROUP = 3  # rows read together for one random access, about 75 kB: fewer is faster, but lengthens footers
-OPEN_SHARDS = 256  # an open shard costs its footer, about 1.4 MB
+ROWS_PER_GROUP = 32
+OPEN_SHARDS = 256  # kept open, each a file handle and its footer, about 0.1 MB
+MAP_BYTES = MAP_SIDE**2 * 2  # float16
+BROKEN_SHARD = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError)  # what reading one can raise
 _IDS = b"lavender_ids"  # footer entry: the shard's ids in row order, as JSON
 _WORD = pa.struct([("text", pa.string()), ("field", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
 _SCHEMA = pa.schema(
@@ -44,8 +43,8 @@ _SCHEMA = pa.schema(
         ("question", pa.string()),
         ("answer", pa.string()),
         ("words", pa.list_(_WORD)),
-        ("maps", pa.list_(pa.float16())),
         ("sos", pa.float32()),
+        ("maps", pa.list_(pa.float16())),
     ]
 )
 
@@ -60,59 +59,83 @@ class StoredMaps(NamedTuple):
     sos: float
 
 
+class Shard:
+    """One shard, open: `shard[row]`. Raises one of BROKEN_SHARD where it is not as this package wrote it."""
+
+    def __init__(self, path: Path):
+        self._source = pa.OSFile(str(path))
+        self._file = pq.ParquetFile(self._source, pre_buffer=False)
+        footer = self._file.metadata
+        self._column = next(i for i in range(footer.num_columns) if footer.schema.column(i).path.startswith("maps."))
+        self._rows_per_group = footer.row_group(0).num_rows
+        column = footer.row_group(0).column(self._column)
+        if column.compression != "UNCOMPRESSED" or column.has_dictionary_page:
+            raise ValueError("another program rewrote it, with compressed maps")
+
+    def __getitem__(self, row: int) -> StoredMaps:
+        group, row = divmod(row, self._rows_per_group)
+        first, column = (self._file.metadata.row_group(group).column(i) for i in (0, self._column))
+        # One read for all the texts: where the system has none of the file in memory, it then waits for the disk once here.
+        self._source.read_at(column.data_page_offset - first.data_page_offset, first.data_page_offset)
+        texts = self._file.read_row_group(group, ["question", "answer", "words", "sos"], use_threads=False)
+        words = texts["words"].chunk(0)
+        start, stop, last = (words.offsets[i].as_py() for i in (row, row + 1, len(words)))  # in words of the group
+        end = column.data_page_offset + column.total_compressed_size
+        raw = self._source.read_at((stop - start) * MAP_BYTES, end - (last - start) * MAP_BYTES)
+        maps = np.frombuffer(raw, np.float16).astype(np.float32).reshape(stop - start, MAP_SIDE, MAP_SIDE)
+        return StoredMaps(
+            question=texts["question"][row].as_py(),
+            answer=texts["answer"][row].as_py(),
+            words=[Word(**word) for word in words[row].as_py()],
+            maps=torch.from_numpy(maps),
+            sos=texts["sos"][row].as_py(),
+        )
+
+
 class MapStore:
-    """Read a store: `len(store)`, `store.ids`, `id in store`, `store[id]`, `store.recipe`."""
+    """Read a store: `len(store)`, `store.ids`, `id in store`, `store[id]`, `store.recipe`.
+
+    In memory are the ids (about 20 MB for 100,000) and up to OPEN_SHARDS footers, however many rows are read. A store may
+    go to DataLoader workers, forked or spawned.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not (self.path / "recipe.json").is_file():
-            raise FileNotFoundError(f"no attention maps in {self.path}: there is no recipe.json; run extract.py first")
-        self.recipe = _read_recipe(self.path / "recipe.json")
-        self._shards = _shards(self.path)
-        self._place: dict[str, tuple[int, int]] = {}  # id ─► (shard, row); the first wins
-        for number, shard in enumerate(self._shards):
-            for row, id in enumerate(_read_ids(shard)):
-                self._place.setdefault(id, (number, row))
-        self._open: dict[int, pq.ParquetFile] = {}
+        self.recipe = read_recipe(self.path)
+        self._shards = shard_files(self.path)
+        ids = [read_ids(shard) for shard in self._shards]
+        self._first = np.cumsum(
+            [0] + [len(of) for of in ids]
+        ).tolist()  # each shard's first row, rows counted throughout
+        self._row: dict[str, int] = {}  # if an id should stand twice, the first wins
+        for row, id in enumerate(chain.from_iterable(ids)):
+            self._row.setdefault(id, row)
+        self._open: dict[int, Shard] = {}  # the one used last stands last
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._row)
 
     def __contains__(self, id: object) -> bool:
-        return id in self._place
+        return id in self._row
 
     @property
     def ids(self) -> list[str]:
-        return list(self._place)
+        return list(self._row)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._place)
+        return iter(self._row)
 
     def __getitem__(self, id: str) -> StoredMaps:
-        if id not in self._place:
+        if id not in self._row:
             raise KeyError(f"{self.path} has no maps for id {id!r} (it holds {len(self)} examples)")
-        shard, row = self._place[id]
+        number = bisect_right(self._first, self._row[id]) - 1
         try:
-            file = self._file(shard)
-            group = file.read_row_group(row // ROWS_PER_GROUP, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise _broken(self._shards[shard], error) from error
-        row = row % ROWS_PER_GROUP
-        values = group["maps"].chunk(0)[row].values.to_numpy()  # a view of this row's float16 values
-        return StoredMaps(
-            question=group["question"][row].as_py(),
-            answer=group["answer"][row].as_py(),
-            words=[Word(**word) for word in group["words"][row].as_py()],
-            maps=torch.from_numpy(values.astype(np.float32)).view(-1, MAP_SIDE, MAP_SIDE),
-            sos=group["sos"][row].as_py(),
-        )
-
-    def _file(self, shard: int) -> pq.ParquetFile:
-        if shard not in self._open:
-            if len(self._open) >= OPEN_SHARDS:
-                self._open.pop(next(iter(self._open))).close()
-            self._open[shard] = pq.ParquetFile(self._shards[shard], memory_map=True)
-        return self._open[shard]
+            shard = self._open[number] = self._open.pop(number, None) or Shard(self._shards[number])
+            if len(self._open) > OPEN_SHARDS:
+                del self._open[next(iter(self._open))]
+            return shard[self._row[id] - self._first[number]]
+        except BROKEN_SHARD as error:
+            raise broken(self._shards[number], error) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}  # open files do not travel to DataLoader workers
@@ -132,12 +155,12 @@ class MapWriter:
     def __init__(self, path: str | Path, recipe: dict[str, Any], shard_size: int = 512, rank: int = 0):
         self.path, self.shard_size, self.rank = Path(path), shard_size, rank
         self.path.mkdir(parents=True, exist_ok=True)
-        _check_recipe(self.path / "recipe.json", recipe)
         self._lock = _lock(self.path / f".writing-r{rank:03d}", rank)
         try:
             for leftover in self.path.glob(f".tmp-r{rank:03d}-*"):  # of a run that was killed
                 leftover.unlink()
-            self.done = {id for shard in _shards(self.path) for id in _read_ids(shard)}
+            _check_recipe(self.path / "recipe.json", recipe, self.path / f".tmp-r{rank:03d}-recipe.json")
+            self.done = {id for shard in shard_files(self.path) for id in read_ids(shard)}
         except BaseException:
             self.close()
             raise
@@ -179,15 +202,17 @@ class MapWriter:
         ]
         table = pa.Table.from_arrays(arrays, schema=_SCHEMA.with_metadata({_IDS: json.dumps(ids).encode()}))
         name = f"r{self.rank:03d}-{self._next:05d}.parquet"
-        with _written_aside(self.path / f"maps-{name}", self.path / f".tmp-{name}") as aside:
-            # Maps are noise to a compressor and never searched: store them as they are.
-            pq.write_table(
+        aside = self.path / f".tmp-{name}"
+        with _written_aside(self.path / f"maps-{name}", aside):
+            pq.write_table(  # maps are noise to a compressor and never searched: as they are, a group's in one page
                 table,
                 aside,
                 row_group_size=ROWS_PER_GROUP,
+                data_page_size=2**30,
                 compression="none",
                 use_dictionary=False,
                 write_statistics=False,
+                write_page_checksum=True,
             )
         self._next += 1
         self.done.update(ids)
@@ -221,47 +246,50 @@ MAX_ENTROPY = math.log(MAP_SIDE**2)
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def _shards(path: Path) -> list[Path]:
+def shard_files(path: Path) -> list[Path]:
     return sorted(path.glob("maps-*.parquet"))
 
 
-def _broken(shard: Path, error: Exception) -> ValueError:
+def broken(shard: Path, error: Exception) -> ValueError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return ValueError(f"broken map shard {shard}: {reason}; delete that file and run extract.py again to remake it")
 
 
-def _read_ids(shard: Path) -> list[str]:
+def read_ids(shard: Path) -> list[str]:
     """The ids of a shard, in row order, from its footer alone."""
     try:
         footer = pq.read_metadata(shard)
         ids = json.loads(footer.metadata[_IDS])
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise _broken(shard, error) from error
-    if len(ids) != footer.num_rows:
-        raise _broken(shard, ValueError(f"{footer.num_rows} rows but {len(ids)} ids"))
+        if len(ids) != footer.num_rows:
+            raise ValueError(f"{footer.num_rows} rows but {len(ids)} ids")
+    except BROKEN_SHARD as error:
+        raise broken(shard, error) from error
     return ids
 
 
-def _read_recipe(file: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
+    file = path / "recipe.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no attention maps in {path}: there is no recipe.json; run extract.py first")
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
 
 
-def _check_recipe(file: Path, recipe: dict[str, Any]) -> None:
+def _check_recipe(file: Path, recipe: dict[str, Any], aside: Path) -> None:
     """Write the recipe into a new store, or compare it with the one that is there.
 
     Whatever stands under "made_with" (versions, machine) is kept for the record and may differ.
     """
     recipe = json.loads(json.dumps(recipe))  # as it will be read back: tuples become lists
     if not file.exists():
-        if _shards(file.parent):
+        if shard_files(file.parent):
             raise ValueError(f"{file} is missing, but its folder holds map shards: choose another --maps folder")
-        with _written_aside(file, file.with_name(f".tmp-recipe-{os.getpid()}")) as aside:
+        with _written_aside(file, aside):
             aside.write_text(json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
         return
-    stored = _read_recipe(file)
+    stored = read_recipe(file.parent)
     keys = [key for key in stored | recipe if key != "made_with" and stored.get(key) != recipe.get(key)]
     if keys:
         changes = ", ".join(f"{key}: {stored.get(key)!r} there, {recipe.get(key)!r} now" for key in keys)
@@ -269,10 +297,10 @@ def _check_recipe(file: Path, recipe: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _written_aside(file: Path, aside: Path) -> Iterator[Path]:
-    """Yield a path to write to; afterwards it stands, whole and on the disk, under `file`, or not at all."""
+def _written_aside(file: Path, aside: Path) -> Iterator[None]:
+    """What is written to `aside` inside stands afterwards, whole and on the disk, under `file`, or not at all."""
     try:
-        yield aside
+        yield
         with open(aside, "rb") as written:
             os.fsync(written.fileno())
         os.replace(aside, file)

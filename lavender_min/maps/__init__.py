@@ -1,0 +1,22 @@
+"""The attention-map store: what stage 1 leaves on disk and stage 2 trains on.
+
+A store is a folder:
+
+    recipe.json                  how the maps were made; every shard here was made that way
+    maps-r000-00000.parquet      shard 0 of process 0: up to `shard_size` rows, one row an example
+    maps-r000-00001.parquet      ...
+
+A row holds id, question, answer, words (text, field, start, end), sos (the share of attention the start-of-text token
+took) and maps (float16, flattened from [w, 32, 32], raw probabilities). The shards are ordinary Parquet:
+`datasets.load_dataset("parquet", data_files="maps/flickr30k/*.parquet")` reads them.
+
+A shard is written aside, flushed to the disk, and only then given its name, so a shard that is there is whole: a run
+killed at any moment loses at most the rows it had not yet written. Its footer lists its ids, so opening a store reads
+footers only, and any row is fetched from its place in the file, in constant memory.
+
+`python -m lavender_min.maps` looks over a store, shows it, and imports the maps the paper's authors released.
+"""
+
+from lavender_min.maps.store import MAX_ENTROPY, MapStore, MapWriter, StoredMaps, entropy
+
+__all__ = ["MAX_ENTROPY", "MapStore", "MapWriter", "StoredMaps", "entropy"]
