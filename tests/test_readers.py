@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import pickle
+import runpy
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from datasets import Features, List, Value
 from PIL import Image
 
-import extract
 from lavender_min import data
 from lavender_min.data import BROKEN_PICTURE
 
@@ -122,7 +123,8 @@ def test_hub_copies(tmp_path):
 
 
 def test_offline_is_one_line_and_exit_code_2(capsys):
-    assert extract.main(["--data", "rlaifv83k", "--data_root", "openbmb/RLAIF-V-Dataset"]) == 2
+    main = runpy.run_path(str(ROOT / "extract.py"))["main"]
+    assert main(["--data", "rlaifv83k", "--data_root", "openbmb/RLAIF-V-Dataset"]) == 2
     assert capsys.readouterr().err.startswith("extract.py: openbmb/RLAIF-V-Dataset could not be fetched (LocalEntryNot")
 
 
@@ -252,23 +254,26 @@ def rlaif_shard(path: Path, rows: list[dict]) -> None:
 
 
 def test_rlaif(tmp_path, capsys):
+    root = tmp_path / "with [odd] *signs?"
+    root.mkdir()
+
     def row(i, **other):
         texts = {"question": f"What is in picture {i}?", "chosen": f" Thing {i}.\n", "idx": str(i)}
         return {"image": {"bytes": jpeg(i), "path": f"{i}.jpg"}, **texts, **other}
 
-    rlaif_shard(tmp_path / "RLAIF-V-Dataset_000.parquet", [row(0), row(1), row(2, idx="1"), row(3, chosen=None)])
+    rlaif_shard(root / "RLAIF-V-Dataset_000.parquet", [row(0), row(1), row(2, idx="1"), row(3, chosen=None)])
     broken = [row(4), row(5), row(6), row(7)]
     for entry, bytes_ in zip(broken, (jpeg(4)[:300], HUGE, None, NOT_A_PICTURE), strict=True):
         entry["image"]["bytes"] = bytes_
     broken.append(row(8, image=None))
-    rlaif_shard(tmp_path / "RLAIF-V-Dataset_001.parquet", [*broken, row(9)])
-    examples = data.load("rlaifv83k", tmp_path)
+    rlaif_shard(root / "RLAIF-V-Dataset_001.parquet", [*broken, row(9)])
+    examples = data.load("rlaifv83k", root)
     assert "1 of 10 entries have no text" in capsys.readouterr().err
     assert [e.id for e in examples] == ["0#0", "1#0", "1#1", "4#0", "5#0", "6#0", "7#0", "8#0", "9#0"]
     assert (examples[2].question, examples[2].answer) == ("What is in picture 2?", "Thing 2.")
     assert shows(examples[0], 0) and shows(examples[2], 2) and shows(examples[-1], 9)
     assert all(is_broken(example) for example in examples[3:8])
-    again = data.load("rlaifv83k", tmp_path / "RLAIF-V-Dataset_000.parquet")  # one file alone: the same ids
+    again = data.load("rlaifv83k", root / "RLAIF-V-Dataset_000.parquet")  # one file alone: the same ids
     assert [e.id for e in again] == ["0#0", "1#0", "1#1"]
 
 
@@ -309,7 +314,7 @@ def test_broken_parquet_files_are_named(tmp_path):
     second.write_bytes(
         whole[:4].ljust(len(whole) - footer, b"\0") + whole[-footer:]
     )  # a whole footer, nothing before it
-    with pytest.raises(ValueError, match=f"^{tmp_path}: .*fetch the file again$"):
+    with pytest.raises(ValueError, match="001.parquet cannot be read: fetch it again"):
         data.load("rlaifv83k", tmp_path)
     pq.write_table(pa.table({"image": ["a.jpg"], "question": ["What?"]}), second)
     with pytest.raises(ValueError, match="001.parquet: expected a column 'chosen'; it has image, question"):

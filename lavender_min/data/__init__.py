@@ -118,7 +118,7 @@ def fetch(hub_id: str, revision: str, files: str) -> Path:
         reason = str(error).strip().partition("\n")[0]
         raise OSError(
             f"{hub_id} could not be fetched ({type(error).__name__}: {reason}); "
-            "log in where there is a network, or pass a folder as --data_root"
+            "try where there is a network, or pass a folder as --data_root"
         ) from error
     return (Path(copy) / files).parent
 

@@ -5,6 +5,8 @@ turns the files once into Arrow, in its cache (~/.cache/huggingface/datasets: as
 memory: any row in any order, from any thread or process, and no more held than the pictures in hand.
 """
 
+import glob
+import math
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -22,43 +24,37 @@ def find(root: Path) -> list[Path]:
     return [root] if root.is_file() else sorted(root.rglob("*.parquet"))
 
 
-def check(file: Path, columns: Sequence[str]) -> pq.FileMetaData:
-    """The footer of a Parquet file that is whole and has these columns; else ValueError, naming the file."""
+def check(file: Path, columns: Sequence[str]) -> list[str]:
+    """All columns of a Parquet file; ValueError, naming the file, if it is not whole or lacks one of these."""
     try:
-        footer = pq.read_metadata(file)
+        names = pq.read_schema(file).names
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} is missing or not a whole Parquet file: fetch it again ({error})") from error
-    names = footer.schema.to_arrow_schema().names
     if missing := [column for column in columns if column not in names]:
         raise ValueError(f"{file}: expected a column {missing[0]!r}; it has {', '.join(names)}")
-    return footer
+    return names
 
 
-def read(
-    files: Sequence[Path], columns: Sequence[str], optional: Sequence[str] = (), rows: float = float("inf")
-) -> Any:
-    """A table (`datasets.table.Table`) of these columns, and of the `optional` ones that every file has.
+def read(files: Sequence[Path], columns: Sequence[str], optional: Sequence[str] = (), rows: float = math.inf) -> Any:
+    """A table (`datasets.table.Table`) of these columns, and of the `optional` ones if they are there.
 
     Of many files, only the first that together have `rows` rows.
     """
-    from datasets import Dataset  # slow to import, and nothing else needs it
+    from datasets import Dataset, concatenate_datasets  # slow to import, and nothing else needs it
     from datasets.exceptions import DatasetGenerationError
 
-    wanted: list[str] = []
-    taken, count = {*columns, *optional}, 0
+    parts: list[Dataset] = []
     for file in files:
-        footer = check(file, columns)
-        wanted.append(str(file))
-        taken.intersection_update(footer.schema.to_arrow_schema().names)
-        count += footer.num_rows
-        if count >= rows:
+        names = check(file, columns)
+        wanted = [*columns, *(column for column in optional if column in names)]
+        try:
+            parts.append(Dataset.from_parquet(glob.escape(str(file)), columns=wanted, batch_size=256))
+        except DatasetGenerationError as error:
+            reason = " ".join(str(error.__cause__).split())
+            raise ValueError(f"{file} cannot be read: fetch it again ({reason})") from error
+        if sum(map(len, parts)) >= rows:
             break
-    try:
-        return Dataset.from_parquet(wanted, columns=sorted(taken), batch_size=256).data
-    except DatasetGenerationError as error:
-        raise ValueError(
-            f"{files[0].parent}: {' '.join(str(error.__cause__).split())}: fetch the file again"
-        ) from error
+    return concatenate_datasets(parts).data
 
 
 def open_cell(table: Any, column: str, row: int) -> Image.Image:
