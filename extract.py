@@ -39,9 +39,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("extract.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, choices=list(data.SOURCES), help="which data set")
-    add("--data_root", help="where its files are (default: data/<data>)")
+    add("--data_root", help="where its files are: a folder, or a copy's hub id (default: data/<data>)")
     add("--split", help="which part of it (default: the part for training)")
-    add("--captions", choices=["first", "all"], help="flickr30k: one caption a picture, or all five (default: first)")
+    add("--captions", choices=["first", "all"], help="captions (flickr30k: first) or questions (ocrvqa30k: all)")
     add("--limit", type=positive, help="only the first so many examples")
     add("--maps", help="folder to write (default: maps/<data>)")
     add("--sd", help=f"Stable Diffusion: model name or pipeline folder (default: {data.SOURCES['flickr30k'].sd})")

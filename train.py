@@ -30,7 +30,7 @@ def one_of(default: str, choices, help: str):
 @dataclass
 class Arguments:
     data: str = one_of("flickr30k", data.SOURCES, "the examples")
-    data_root: str | None = field(default=None, metadata={"help": "their folder (default: data/<data>)"})
+    data_root: str | None = field(default=None, metadata={"help": "their folder or hub id (default: data/<data>)"})
     split: str | None = field(default=None, metadata={"help": "a part of them"})
     captions: str | None = field(default=None, metadata={"help": "first or all, as the maps were made"})
     maps: str | None = field(default=None, metadata={"help": "the store extract.py made (default: maps/<data>)"})
