@@ -1,0 +1,324 @@
+"""Where the memory of a training step will go, before anything is loaded: `python train.py --plan`.
+
+The plan *is* the training step: the real host, adapters, Aligner, forward and backward, run on tensors that have a shape but
+no numbers (torch's `meta` device), so it needs neither weights nor GPU nor network. A ledger stands under autograd, sees every
+storage come and go, and remembers what was alive when most was. Three things are put in for the GPU's:
+scaled_dot_product_attention keeps what its memory-efficient kernel keeps, Triton kernels are not launched, and autocast (which
+does not know `meta`) is played by casting float32 linear layers to half precision.
+
+Not counted: what cuBLAS and kernels take inside one call, and the allocator's rounding; `RESERVE` is set aside for them.
+"""
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import AutoConfig, AutoModelForImageTextToText, MllamaConfig
+
+from lavender_min import hosts, model, ops, runs
+from lavender_min.geometry import MAP_SIDE
+from lavender_min.hosts import mllama
+from lavender_min.model import Lavender
+
+GIB = 2**30
+CARDS = {"T4 16 GB": 14.7, "A10G 24 GB": 22.0, "A100 40 GB": 39.4, "A100 80 GB": 79.1}  # GiB that torch reports
+RESERVE = 0.75  # GiB: CUDA context, cuBLAS workspace, what the allocator cannot use
+LLAMA = "meta-llama/Llama-3.2-11B-Vision"  # transformers' defaults are its config, but for the size of a tile
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of the storages alive, by label, and their sum's peak. A view, or a change in place, costs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: Counter[str] = Counter()
+        self.known: set[int] = set()
+        self.label, self.phase = "batch", "forward"
+        self.peaks: dict[str, Counter[str]] = {}  # phase -> what was alive when most was
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.add, out)
+        return out
+
+    def add(self, tensor: Tensor, label: str | None = None) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) in self.known:
+            return
+        self.known.add(id(storage))
+        if label is None:
+            is_map = self.phase == "forward" and tensor.shape[-2:] == (MAP_SIDE, MAP_SIDE)
+            label = "maps and Aligner" if is_map else self.label
+        self.live[label] += storage.nbytes()
+        weakref.finalize(storage, self.drop, id(storage), storage.nbytes(), label).atexit = False
+        if self.live.total() > self.peaks.get(self.phase, Counter()).total():
+            self.peaks[self.phase] = self.live.copy()
+
+    def drop(self, key: int, size: int, label: str) -> None:
+        self.known.discard(key)
+        self.live[label] -= size
+
+    def within(self, module: nn.Module, label: str, phase: str | None = None) -> None:
+        """What `module` makes in a forward is booked under `label`; in the backward all is what the backward holds."""
+        outer: list[tuple[str, str]] = []
+
+        def enter(*_) -> None:
+            if self.phase != "backward":
+                outer.append((self.label, self.phase))
+                self.label, self.phase = label, phase or self.phase
+
+        def leave(*_) -> None:
+            if self.phase != "backward":
+                self.label, self.phase = outer.pop()
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+
+
+class TakeRows(torch.autograd.Function):
+    """x[mask] where the mask has `count` True; kept and given back as by the real one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mask: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.shape = x.shape
+        return x.new_empty(count, *x.shape[mask.ndim :])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient.new_empty(ctx.shape), None, None
+
+
+def cpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def gpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Flash attention; with a mask the memory-efficient kernel, which copies a mask whose rows are not a multiple of 8 long."""
+    aten = torch.ops.aten
+    if attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    p = attn_mask.shape[-1]
+    if p % 8:
+        attn_mask = nn.functional.pad(attn_mask, (0, -p % 8))[..., :p]
+    attn_mask = attn_mask.expand(*query.shape[:3], p)
+    efficient = aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal, scale=scale)[0]
+
+
+def is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool
+
+
+@contextlib.contextmanager
+def pretend(text: torch.Size, rows: int, half: torch.dtype | None) -> Iterator[None]:
+    """A step in `half` precision on a GPU, with autocast and Triton; with None, one in float32 on a CPU.
+
+    Where the step asks for numbers: a mask over the text takes `rows` rows, one over words takes all, and any `if` is true.
+    """
+    functional, take, put, linear = nn.functional, Tensor.__getitem__, Tensor.__setitem__, nn.functional.linear
+
+    def take_rows(x: Tensor, index: Any) -> Tensor:
+        if not is_mask(index):
+            return take(x, index)
+        return TakeRows.apply(x, index, rows if index.shape == text else index.numel())
+
+    def autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight.dtype == torch.float32:
+            x, weight, bias = x.to(half), weight.to(half), None if bias is None else bias.to(half)
+        return linear(x, weight, bias)
+
+    with contextlib.ExitStack() as stack:
+        fake: list[tuple[Any, str, Any]] = [
+            (Tensor, "__getitem__", take_rows),
+            (Tensor, "__setitem__", lambda x, index, value: None if is_mask(index) else put(x, index, value)),
+            (Tensor, "__bool__", lambda _: True),
+            (functional, "scaled_dot_product_attention", gpu_attention if half else cpu_attention),
+            (ops, "choose_backend", lambda *_: "triton" if half else "torch"),
+            (torch, "is_autocast_enabled", lambda device="cuda": bool(half) and device == "cuda"),
+            (model, "without_autocast", lambda _: contextlib.nullcontext()),
+            (Lavender, "matched", lambda self, logits, asked, ids, tokens: (tokens >= 0).any(-1)),
+        ]
+        if half:
+            from triton.runtime.jit import KernelInterface
+
+            fake.append((functional, "linear", autocast_linear))
+            fake.append((KernelInterface, "__getitem__", lambda *_: lambda *args, **kwargs: None))  # not launched
+        for owner, name, stand_in in fake:
+            stack.enter_context(patch.object(owner, name, stand_in))
+        yield
+
+
+def empty_host(flags: runs.ModelFlags, dtype: torch.dtype) -> Any:
+    """The hooked host on `meta`: a folder's own config.json, or Llama 3.2's; 4-bit layers are packed by bitsandbytes itself."""
+    if Path(flags.vlm).is_dir():
+        config = AutoConfig.from_pretrained(flags.vlm)
+    elif flags.vlm.startswith(LLAMA):
+        config = MllamaConfig(vision_config={"image_size": 560}, text_config={})
+    else:
+        raise ValueError(f"--plan knows {LLAMA} and folders with a config.json; got --vlm {flags.vlm}")
+    with torch.device("meta"):
+        vlm = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    if flags.mode == "qlora":
+        pack_nf4(vlm, dtype)
+    mllama.hook(vlm)
+    return vlm
+
+
+def pack_nf4(vlm: Any, dtype: torch.dtype) -> None:
+    """As `hosts.load` asks for it, by bitsandbytes itself: 4 bits, an 8-bit scale for 64 of them, a float32 one for 256 scales."""
+    import bitsandbytes as bnb
+
+    with patch.dict(
+        bnb.functional.name2qmap
+    ):  # it keeps the code of the 8-bit scales on the first device that needs it
+        for name, linear in list(vlm.named_modules()):
+            if isinstance(linear, nn.Linear) and name != "lm_head":
+                options: dict[str, Any] = {"compute_dtype": dtype, "quant_type": "nf4", "device": "meta"}
+                packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, **options)
+                packed.weight.data, packed.bias = linear.weight.data, linear.bias
+                packed.weight._quantize(torch.device("meta"))
+                vlm.set_submodule(name, packed)
+
+
+def build(flags: runs.ModelFlags, dtype: torch.dtype) -> Lavender:
+    """`runs.build` around an empty host."""
+    vlm = empty_host(flags, dtype)
+    with patch.object(hosts, "load", lambda *args, **kwargs: (vlm, None, mllama)), torch.device("meta"):
+        return runs.build(flags, dtype)[0].train()
+
+
+def make_batch(config: Any, b: int, tokens: int, answer: int) -> dict[str, Any]:
+    """A batch of full texts and of pictures that fill all tiles; every token of the answer is labelled and a word of its own."""
+    vision = config.vision_config
+    tiles, side = vision.max_num_tiles, vision.image_size // vision.patch_size
+    long = {"dtype": torch.long, "device": "meta"}
+    ids, words = (torch.empty(b, n, **long) for n in (tokens, answer))
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.empty(b, 1, tiles, 3, vision.image_size, vision.image_size, device="meta"),
+        "aspect_ratio_ids": torch.empty(b, 1, **long),
+        "aspect_ratio_mask": torch.empty(b, 1, tiles, **long),
+        "cross_attention_mask": torch.empty(b, tokens, 1, tiles, **long),
+        "labels": torch.empty_like(ids),
+        "word_rows": words[..., None].int(),
+        "word_tokens": words[..., None].int(),
+        "targets": torch.empty(b, answer, MAP_SIDE, MAP_SIDE, device="meta"),
+        "layout": [
+            torch.empty(b, side * 2, side * tiles // 2, dtype=torch.int32, device="meta"),
+            torch.empty(b, MAP_SIDE, side * 2, device="meta"),
+            torch.empty(b, MAP_SIDE, side * tiles // 2, device="meta"),
+        ],
+    }
+
+
+def held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What lies in memory before a step, with the part it belongs to: weights, and what 4-bit ones need beside their codes."""
+    parts = {"vision": "vision tower", "projector": "vision tower", "embed_tokens": "embedding", "lm_head": "lm_head"}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        part = next((part for key, part in parts.items() if key in name), "text layers")
+        if name.startswith("align."):
+            yield "parallel attention and Aligner", tensor
+        else:
+            yield "adapters" if "lora_" in name else f"weights: {part}", tensor
+        state = getattr(tensor, "quant_state", None)
+        if state is not None:
+            for extra in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code):
+                yield f"weights: {part}", extra
+
+
+def optimizer_bytes(parameter: Tensor, name: str) -> int:
+    """AdamW's two moments: as the parameter, or in 8 bits with a float32 scale for every 256 (bitsandbytes, from 4,096 numbers)."""
+    n = parameter.numel()
+    if "8bit" in name:
+        return 2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n
+    return 2 * parameter.nbytes + 4  # and the number of steps
+
+
+class Plan(NamedTuple):
+    """All in bytes, by label."""
+
+    peaks: dict[str, Counter[str]]  # phase of the step -> what is alive when most is
+    kept: Counter[str]  # alive between forward and backward
+    saved: int  # by autograd, weights left out: what saved_tensors_hooks see
+
+
+def simulate(model: Lavender, batch: dict[str, Any], rows: int, optim: str, half: torch.dtype | None) -> Plan:
+    """One step in the middle of a run: gradients of the batch before are there, and the optimiser's state."""
+    ledger = Ledger()
+    base = model.host.model
+    for label, tensor in held(model):
+        ledger.add(tensor, label)
+    weights = set(ledger.known)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+            ledger.add(parameter.grad, "gradients")
+            ledger.live["optimiser state"] += optimizer_bytes(parameter, optim)
+    for value in batch.values():
+        for tensor in value if isinstance(value, list) else [value]:
+            ledger.add(tensor, "batch")
+    ledger.within(base.vision_model, "vision tower at work", "vision tower")
+    ledger.within(base.multi_modal_projector, "picture states")
+    ledger.within(base.language_model, "hidden states kept")
+    ledger.label = "logits and loss"
+
+    saved: dict[int, Tensor] = {}  # holds them, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in weights:
+            saved[id(storage)] = tensor
+        return tensor
+
+    with pretend(batch["labels"].shape, rows, half), ledger:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(**batch)["loss"]
+        kept, size = ledger.live.copy(), sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+        saved.clear()
+        ledger.label, ledger.phase = "a layer at work, and its gradients", "backward"
+        loss.backward()
+    return Plan(ledger.peaks, kept, size)
+
+
+def describe(flags: runs.ModelFlags, args: Any, tokens: int = 512) -> str:
+    """The plan as a table, for `TrainingArguments` and texts of so many tokens, a quarter of which answer."""
+    half = torch.bfloat16  # float16 on a T4: as many bytes
+    lavender = build(flags, half)
+    if args.gradient_checkpointing:
+        lavender.gradient_checkpointing_enable()
+    b, answer = args.per_device_train_batch_size, max(1, tokens // 4)
+    batch = make_batch(lavender.host.config, b, tokens, answer)
+    plan = simulate(lavender, batch, b * answer, str(args.optim), half)
+    tiles = lavender.host.config.vision_config.max_num_tiles
+    totals = {phase: alive.total() / GIB for phase, alive in plan.peaks.items()}
+    phase = max(totals, key=lambda phase: totals[phase])
+    peak = totals.pop(phase)
+    lines = [
+        f"{flags.vlm}, {flags.mode}: {b} × {tokens} tokens ({answer} of the answer, each a word), {tiles} tiles, "
+        f"{'activations checkpointed' if args.gradient_checkpointing else 'all activations kept'}, {args.optim}",
+        "",
+    ]
+    for label, size in sorted(
+        plan.peaks[phase].items(), key=lambda item: (not item[0].startswith("weights"), -item[1])
+    ):
+        if size:
+            lines.append(f"{label:42}{size / GIB:8.3f} GiB")
+    others = ", ".join(f"{total:.2f} in the {name}" for name, total in totals.items())
+    lines += ["-" * 54, f"{f'peak, in the {phase}':42}{peak:8.3f} GiB   ({others})", ""]
+    for card, size in CARDS.items():
+        left = size - RESERVE - peak
+        lines.append(
+            f"{card:12}{'fits' if left >= 0 else 'does not fit'}, {abs(left):.1f} GiB {'left' if left >= 0 else 'short'}"
+        )
+    lines.append(f"({RESERVE} GiB of each set aside for the CUDA context and what the allocator cannot use)")
+    return "\n".join(lines)
