@@ -4,10 +4,12 @@
     python train.py --qlora                             Llama-3.2-11B-Vision on Flickr30k, on one 24 GB GPU
 
 The maps must be there (python extract.py --data …). Every flag of transformers.TrainingArguments works as well. A run that
-was stopped goes on from its last checkpoint when it is started again.
+was stopped goes on from its last checkpoint when it is started again; SIGTERM makes it save one first, and exit with status
+143, so that a scheduler knows the run is not over. Several GPUs: see configs/.
 """
 
 import os
+import signal
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,8 +21,10 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from lavender_min import data, runs, training
 from lavender_min.align import AGGREGATES, INNER
+from lavender_min.callbacks import StopOnSigterm, WordMapPictures
 from lavender_min.maps import MapStore
 from lavender_min.model import MATCHES
+from lavender_min.vision_cache import cache_vision
 
 
 def one_of(default: str, choices, help: str):
@@ -54,15 +58,32 @@ class Arguments:
     attend: str = one_of("predicting", training.ATTEND, "the rows that predict a word, or that read it")
     pretrain_aligner_steps: int = field(default=0, metadata={"help": "steps that train the Aligner only"})
     limit: int | None = field(default=None, metadata={"help": "take only the first N examples"})
+    plan: bool = field(default=False, metadata={"help": "only say where a GPU's memory would go, and load nothing"})
+    cache_vision: bool = field(
+        default=False, metadata={"help": "ask the frozen vision tower once a picture, and keep its states on disk"}
+    )
+    picture_steps: int = field(
+        default=100, metadata={"help": "with --report_to tensorboard: steps between pictures of word maps"}
+    )
 
 
 @dataclass
 class Training(TrainingArguments):
-    """TrainingArguments with the paper's learning rate, and defaults that log and save to this machine only."""
+    """TrainingArguments with the paper's learning rate, and defaults that log and save to this machine only.
+
+    What is None here follows from the machine, in `settle`. Whatever is given wins.
+    """
 
     output_dir: str | None = field(default=None, metadata={"help": "default: runs/<data>-<mode>"})
+    optim: str | None = field(
+        default=None, metadata={"help": "default: paged_adamw_8bit with --qlora on a GPU, PyTorch's AdamW elsewhere"}
+    )
+    bf16: bool | None = field(default=None, metadata={"help": "default: on a GPU that has it"})
+    fp16: bool | None = field(default=None, metadata={"help": "default: on a GPU without bf16 (T4), with loss scaling"})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "default: on a GPU"})
     learning_rate: float = 1e-4
-    per_device_train_batch_size: int = 4
+    per_device_train_batch_size: int | None = field(default=None, metadata={"help": "default: 1, four times a step"})
+    gradient_accumulation_steps: int | None = field(default=None, metadata={"help": "default: 1, if a batch size is given"})
     logging_steps: float = 10
     save_total_limit: int | None = 2
     report_to: str = "none"
@@ -82,6 +103,21 @@ def settle(args: Arguments, training_args: Training) -> runs.ModelFlags:
     args.maps = args.maps or f"maps/{args.data}"
     training_args.output_dir = training_args.output_dir or f"runs/{args.data}-{'plain' if args.plain else modes[0]}"
     training_args.remove_unused_columns = False  # the collator takes whole examples
+    on_gpu = args.plan or (torch.cuda.is_available() and not training_args.use_cpu)
+    if training_args.gradient_accumulation_steps is None:  # 4 is the paper's batch, 1 at a time fits the smallest cards
+        training_args.gradient_accumulation_steps = 1 if training_args.per_device_train_batch_size else 4
+    training_args.per_device_train_batch_size = training_args.per_device_train_batch_size or 1
+    if training_args.optim is None:
+        # bitsandbytes does run on CPU, but its optimiser pages nothing there and the toy model's state is small
+        training_args.optim = "paged_adamw_8bit" if on_gpu and modes[0] == "qlora" else TrainingArguments.optim
+    if training_args.bf16 is None and training_args.fp16 is None and on_gpu and not args.plan:
+        training_args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        training_args.fp16 = not training_args.bf16
+    training_args.bf16, training_args.fp16 = bool(training_args.bf16), bool(training_args.fp16)
+    name = "activation_checkpointing"  # in newer versions of transformers
+    name = name if hasattr(training_args, name) else "gradient_checkpointing"
+    if training_args.gradient_checkpointing is None and getattr(training_args, name) is None:
+        setattr(training_args, name, on_gpu)
     TrainingArguments.__post_init__(training_args)
     known = {f.name for f in fields(runs.ModelFlags)}
     return runs.ModelFlags(mode=modes[0], **{k: v for k, v in vars(args).items() if k in known})
@@ -90,6 +126,11 @@ def settle(args: Arguments, training_args: Training) -> runs.ModelFlags:
 def main() -> None:
     args, training_args = HfArgumentParser((Arguments, Training), description=__doc__).parse_args_into_dataclasses()
     flags = settle(args, training_args)
+    if args.plan:
+        from lavender_min import plan
+
+        print(plan.describe(flags, training_args))
+        return
     examples = data.load(args.data, args.data_root, args.split, args.captions)[: args.limit]
     store, frame = None, "whole"
     if not args.plain:
@@ -102,18 +143,15 @@ def main() -> None:
     dataset = training.MappedExamples(examples, store)
     if dataset.missing:
         print(f"{dataset.missing} of {len(examples)} examples have no maps and are left out", file=sys.stderr)
-    runs.remember(flags, Path(training_args.output_dir))
+    with training_args.main_process_first():
+        runs.remember(flags, Path(training_args.output_dir))
 
-    dtype = torch.float32
-    if torch.cuda.is_available():
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     set_seed(training_args.seed)
-    model, processor, host = runs.build(flags, dtype)
+    # Weights that train themselves stay in float32 under mixed precision: half of it would round small steps away.
+    model, processor, host = runs.build(flags, torch.float32 if flags.mode == "full" else half)
     model.vlm.config.use_cache = False
     count = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in model.named_children()}
-    print(
-        f"{len(dataset)} examples; training {count['vlm']:,} parameters of the host, {count.get('align', 0):,} beside it"
-    )
 
     trainer = training.LavenderTrainer(
         model=model,
@@ -123,13 +161,29 @@ def main() -> None:
         processing_class=processor,
         pretrain_aligner_steps=args.pretrain_aligner_steps,
     )
+
+    def say(text: str) -> None:
+        if trainer.is_world_process_zero():
+            print(text)
+
+    beside = f"{count['vlm']:,} parameters of the host, {count.get('align', 0):,} beside it"
+    say(f"{len(dataset)} examples; training {beside}")
+    if args.cache_vision:
+        cache_vision(trainer, Path(training_args.output_dir) / "vision")
+    if "tensorboard" in training_args.report_to and not args.plain:
+        trainer.add_callback(WordMapPictures(trainer, args.picture_steps))
+    stop = StopOnSigterm(trainer)
+    trainer.add_callback(stop)
     resume = training_args.resume_from_checkpoint or runs.last_checkpoint(Path(training_args.output_dir))
     if resume:
-        print(f"going on from {resume}")
+        say(f"going on from {resume}")
     trainer.train(resume_from_checkpoint=resume)
+    if stop.asked:
+        say(f"stopped by SIGTERM at step {trainer.state.global_step}, which is saved: run the same command to go on")
+        sys.exit(128 + signal.SIGTERM)
     trainer.save_model()
     trainer.save_state()
-    print(f"adapter and {runs.ALIGN_FILE} are in {training_args.output_dir}")
+    say(f"adapter and {runs.ALIGN_FILE} are in {training_args.output_dir}")
 
 
 if __name__ == "__main__":

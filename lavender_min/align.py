@@ -98,7 +98,7 @@ class Aligner(nn.Module):
             blocks.append(nn.LeakyReLU(0.1))
         self.body = nn.Sequential(*blocks)
         self.weight = nn.Parameter(torch.empty(width))
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(1))  # not a scalar: FSDP cannot shard one
         for parameter in (*self.body.parameters(), self.weight):
             if parameter.ndim != 1 or parameter is self.weight:
                 nn.init.normal_(parameter, std=0.02)
@@ -134,7 +134,8 @@ class Align(nn.Module):
 
     def loss(self, maps: Float[Tensor, "m h g g"], target: Float[Tensor, "m g g"], valid) -> Float[Tensor, ""]:
         """Squared error of the min–max normalised maps, mean over valid words and cells (Eq. 17)."""
-        return ops.aligner_mse(self.aligner(maps), self.aligner.weight, self.aligner.bias, target, valid=valid)
+        weight, bias = self.aligner.weight, self.aligner.bias[0]
+        return ops.aligner_mse(self.aligner(maps), weight, bias, target, valid=valid)
 
 
 def without_autocast(maps: Tensor):

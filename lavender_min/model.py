@@ -135,7 +135,11 @@ class Lavender(nn.Module):
         self.host.gradient_checkpointing_enable({**(gradient_checkpointing_kwargs or {}), "use_reentrant": False})
         self.host.disable_input_require_grads()
 
-    activation_checkpointing_enable = gradient_checkpointing_enable
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **options) -> None:
+        """The same under the name, and with the options, that newer versions of transformers give it."""
+        kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
+        self.host.activation_checkpointing_enable(kwargs, **options)
+        self.host.disable_input_require_grads()
 
 
 def per_word(

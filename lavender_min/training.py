@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from lavender_min import hosts
+from lavender_min import hosts, sanity
 from lavender_min.data import CAPTION_PROMPT, Example
 from lavender_min.geometry import MAP_SIDE, minmax
 from lavender_min.maps import MapStore, StoredMaps
 from lavender_min.model import Lavender
 from lavender_min.runs import ALIGN_FILE, load_align
+from lavender_min.vision_cache import VisionCache
 from lavender_min.words import token_spans
 
 ATTEND = ("predicting", "reading")
@@ -103,6 +104,7 @@ class Collator:
         self.processor, self.config, self.host = processor, config, host
         self.frame, self.attend = frame, attend
         self.fields = ("answer",) if words == "answer" else ("question", "answer")
+        self.vision: VisionCache | None = None  # instead of pixels, what the frozen vision tower said of them
 
     def __call__(self, rows: list[tuple[Example, StoredMaps | None]]) -> dict[str, Any]:
         pictures = [example.image() for example, _ in rows]
@@ -117,6 +119,9 @@ class Collator:
                 return_tensors="pt",
             )
         )
+        if self.vision is not None:
+            batch = {name: value for name, value in batch.items() if name not in self.host.PICTURE_INPUTS}
+            batch["cross_attention_states"] = self.vision.read(pictures)
         ids = batch["input_ids"]
         labels, spans, maps = torch.full_like(ids, -100), [], []
         for i, ((text, answer_start, starts), (_, stored)) in enumerate(zip(chats, rows, strict=True)):
@@ -169,10 +174,26 @@ class LavenderTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # we divide by num_items_in_batch, so the Trainer must not divide again
         self.sums: dict[str, Tensor] = {}
         self.seen = 0
+        self.checked = self.is_deepspeed_enabled  # whose backward would take the step that `sanity` only looks at
 
     @property
     def lavender(self) -> Lavender:
         return self.accelerator.unwrap_model(self.model)
+
+    def create_accelerator_and_postprocess(self):
+        """FSDP's own mixed precision would also round targets, layouts and the Aligner; autocast leaves them alone."""
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+    def compute_loss_context_manager(self):
+        return self.accelerator.autocast() if self.is_fsdp_enabled else super().compute_loss_context_manager()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self.checked:
+            self.checked = True
+            sanity.check(self, model)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         steps = self.current_gradient_accumulation_steps if model.training else 1
@@ -242,6 +263,8 @@ class LavenderTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:  # one process writes
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         model = self.lavender
@@ -256,6 +279,8 @@ class LavenderTrainer(Trainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.is_fsdp_enabled:  # its checkpoints hold the whole model once more, Aligner and all
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         super()._load_from_checkpoint(resume_from_checkpoint, model=self.lavender.vlm)
         if self.lavender.align is not None:
             load_align(self.lavender, resume_from_checkpoint)

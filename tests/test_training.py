@@ -1,54 +1,20 @@
-"""Both losses, batch arithmetic, checkpoints and flags of the tuning, on a small host with random weights."""
-
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
+"""Both losses, batch arithmetic and schedules of the tuning, on a small host with random weights."""
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from fitting import fit, host_state, make
 from torch.nn import functional as F
-from transformers import TrainingArguments
 
-from lavender_min import runs, training
+from lavender_min import training
 from lavender_min.data import Example
 from lavender_min.maps import MapStore
-from lavender_min.runs import ModelFlags
 from lavender_min.toy import data
-from lavender_min.training import Collator, LavenderTrainer, MappedExamples
+from lavender_min.training import Collator, MappedExamples
 
 
 @pytest.fixture
 def rows(store_folder):
     return MappedExamples(data.load("tune", 8), MapStore(store_folder))
-
-
-def make(vlm_folder, **flags):
-    torch.manual_seed(0)
-    return runs.build(ModelFlags(vlm=vlm_folder, **{"lora_dropout": 0.0, "match": "all", **flags}))
-
-
-def fit(vlm_folder, rows, tmp_path, *, steps=3, batch=4, pretrain=0, flags=None, model=None, shuffle=True, **arguments):
-    lavender, processor, host = model or make(vlm_folder, **(flags or {}))
-    args = TrainingArguments(
-        str(tmp_path), max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-3, report_to="none",
-        remove_unused_columns=False, logging_steps=1, save_strategy="no", disable_tqdm=True,
-        train_sampling_strategy="random" if shuffle else "sequential", **arguments,
-    )  # fmt: skip
-    trainer = LavenderTrainer(
-        model=lavender, args=args, train_dataset=rows, pretrain_aligner_steps=pretrain,
-        data_collator=Collator(processor, lavender.host.config, host), processing_class=processor,
-    )  # fmt: skip
-    trainer.train()
-    return lavender, [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def host_state(model):
-    return {name: p.detach().clone() for name, p in model.vlm.named_parameters() if "lora" in name}
 
 
 # ------------------------------------------------------------------------------------------------------- the collator
@@ -269,97 +235,33 @@ def test_full_tuning_moves_every_part(vlm_folder, rows, tmp_path):
         assert any(part in name for name in moved), part
 
 
-# ------------------------------------------------------------------------------------------------------- the script
+def test_checkpointing_through_the_trainer_changes_no_step(vlm_folder, rows, tmp_path):
+    dropout = {"lora_dropout": 0.1}  # drawn again, alike, when a layer is run again
+    kept, _ = fit(vlm_folder, rows, tmp_path, flags=dropout, steps=2)
+    again, _ = fit(vlm_folder, rows, tmp_path, flags=dropout, steps=2, gradient_checkpointing=True)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in again.host.modules())
+    for name, p in host_state(kept).items():
+        torch.testing.assert_close(host_state(again)[name], p, atol=1e-5, rtol=1e-4)
 
 
-def train(vlm_folder, store_folder, out, *more):
-    return [
-        "train.py", "--data", "toy", "--vlm", vlm_folder, "--maps", store_folder, "--limit", "16", "--match", "all",
-        "--output_dir", str(out), "--max_steps", "8", "--save_steps", "2", "--logging_steps", "1", *more,
-    ]  # fmt: skip
+def test_bf16_follows_the_trainers_flag(vlm_folder, rows, tmp_path):
+    """Host in bfloat16, adapters, Aligner and optimiser in float32, autocast between them."""
+    _, full = fit(vlm_folder, rows, tmp_path, steps=2)
+    half, logged = fit(vlm_folder, rows, tmp_path, model=make(vlm_folder, torch.bfloat16), steps=2, bf16=True)
+    assert half.host.dtype == torch.bfloat16
+    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
+    for a, b in zip(full, logged, strict=True):
+        assert b["loss_vlm"] != a["loss_vlm"] and b["loss_vlm"] == pytest.approx(a["loss_vlm"], rel=0.05)
+        assert b["loss_att"] == pytest.approx(a["loss_att"], rel=0.2)
 
 
-WITHOUT_US = """
-import sys
-class Nobody:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "lavender_min":
-            raise ImportError(name)
-sys.meta_path.insert(0, Nobody())
-from transformers import AutoModelForImageTextToText
-from peft import PeftModel
-base, adapter = sys.argv[1:]
-model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter)
-print("adapter of", sum(p.abs().sum().item() > 0 for n, p in model.named_parameters() if "lora_B" in n), "moved layers")
-"""
-
-
-def test_a_killed_run_ends_as_an_unbroken_one(vlm_folder, store_folder, tmp_path):
-    """SIGKILL after the first checkpoint; Aligner, optimiser and random state come back with the host's adapter."""
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    done = run_script(*train(vlm_folder, store_folder, unbroken))
-    assert done.returncode == 0, done.stderr
-    command = [sys.executable, *train(vlm_folder, store_folder, broken)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while runs.last_checkpoint(broken) is None and time.time() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (broken / "trainer_state.json").exists()  # it was killed in the middle
-    again = run_script(*train(vlm_folder, store_folder, broken))
-    assert again.returncode == 0 and "going on from" in again.stdout, again.stderr
-    logs = [
-        [entry for entry in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
-        for run in (unbroken, broken)
-    ]
-    assert [entry["step"] for entry in logs[0]] == list(range(1, 9))
-    for a, b in zip(*logs, strict=True):
-        for name in ("loss", "loss_vlm", "loss_att", "words_per_sample"):
-            assert a[name] == pytest.approx(b[name], rel=1e-5), (a, b)
-
-    adapter = subprocess.run(
-        [sys.executable, "-c", WITHOUT_US, vlm_folder, str(broken)], cwd=tmp_path, capture_output=True, text=True
+def test_the_8_bit_optimiser_tunes_a_4_bit_host_on_the_cpu_too(vlm_folder, rows, tmp_path):
+    """bitsandbytes keeps it in plain memory there."""
+    flags = {"mode": "qlora", "lora_r": 32}  # states of fewer than 4,096 numbers would stay in 32 bits
+    trainers = []
+    model, logged = fit(
+        vlm_folder, rows, tmp_path, flags=flags, optim="paged_adamw_8bit", steps=2, prepare=trainers.append
     )
-    assert "adapter of 12 moved layers" in adapter.stdout, adapter.stderr
-
-    other = run_script(*train(vlm_folder, store_folder, broken, "--lambda_att", "5"))
-    assert other.returncode == 2 and "holds a run with other flags (--lambda_att 10.0 ─► 5.0)" in other.stderr
-
-
-def test_a_half_written_checkpoint_is_passed_over(tmp_path):
-    for step, whole in ((2, True), (4, False), (10, True)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if whole:
-            (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    (tmp_path / "checkpoint-12").mkdir()
-    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_st')
-    assert runs.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-
-
-def test_flags_are_remembered_with_the_run(tmp_path):
-    flags = ModelFlags(vlm="somewhere", aligner="deep")
-    runs.remember(flags, tmp_path)
-    runs.remember(flags, tmp_path)
-    assert runs.recall(tmp_path) == flags
-    with pytest.raises(ValueError, match="--aligner deep ─► sim"):
-        runs.remember(replace(flags, aligner="sim"), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--qlora"], "no Flickr30k in data/flickr30k: looked for"),
-        (["--qlora", "--full", "--data", "toy"], "--qlora and --full exclude each other"),
-        (
-            ["--data", "toy", "--maps", "nowhere"],
-            "no maps in nowhere; make them first: python extract.py --data toy --maps",
-        ),
-    ],
-)
-def test_bad_requests_end_in_one_line(flags, message):
-    done = run_script("train.py", *flags)
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"train.py: {message}")
+    assert logged[1]["loss"] != logged[0]["loss"]
+    held = {state["state1"].dtype for state in trainers[0].optimizer.state.values()}
+    assert torch.uint8 in held

@@ -1,14 +1,17 @@
 """The vision-language models that can be tuned, one file a family, found by the `model_type` in their config.
 
-A host's file says four things of its family, and nothing else in the package knows them:
+A host's file says six things of its family, and nothing else in the package knows them:
 
     hook(vlm)                       make its attention report word maps into a `Sink`
     layers(vlm)                     the layers whose attention is read, by index: {index: attention module}
     layout(processor, config, ...)  where the patches of one picture lie among the keys
+    vision(vlm)                     the modules that turn pictures into keys
+    picture_states(vlm, inputs)     what comes out of them, given the inputs named in PICTURE_INPUTS
     LORA_TARGETS                    named regular expressions for adapters
 """
 
 import importlib
+import os
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from lavender_min import ops
+from lavender_min import hub, ops
 from lavender_min.geometry import PatchLayout
 
 FAMILIES = {"mllama": "lavender_min.hosts.mllama"}
@@ -65,6 +68,7 @@ def load(name: str, quantize: bool = False, dtype: torch.dtype = torch.float32) 
     Raises ValueError, in one line, for a family without a host file, and OSError for weights that cannot be had.
     """
     try:
+        hub.ask(name, "config.json")
         config = AutoConfig.from_pretrained(name)
         if config.model_type not in FAMILIES:
             raise ValueError(f"--vlm {name} is a {config.model_type}; this package tunes {', '.join(FAMILIES)}")
@@ -78,10 +82,11 @@ def load(name: str, quantize: bool = False, dtype: torch.dtype = torch.float32) 
                 bnb_4bit_compute_dtype=dtype,
                 llm_int8_skip_modules=["lm_head"],  # the vision tower too is held in 4 bits
             )
-        device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
+        sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # then each card is to get its part only
+        device = {"": torch.cuda.current_device()} if torch.cuda.is_available() and not sharded else None
         vlm = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, device_map=device, **extra)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise OSError(
             f"--vlm {name} could not be loaded ({reason}). Give a folder with the weights, or, with a network, accept the "
             f"licence on the model's page and run `hf auth login`; the toy world (--data toy) needs neither"

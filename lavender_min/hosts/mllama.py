@@ -9,10 +9,12 @@ The picture stands at the top left of the tiles' canvas; what it does not fill i
 attend to the picture, with 32 query heads over 8 key heads, norms on both and no rotary embedding.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -30,6 +32,7 @@ LORA_TARGETS = {
     "language": _LANGUAGE + r"(self_attn\.[qkvo]_proj|cross_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
     "released": _LANGUAGE + r"(self_attn|cross_attn)\.[qv]_proj",  # the choice of the paper's code
 }
+PICTURE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
 def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, sink=None, layer_inputs=None, **kwargs):
@@ -72,6 +75,17 @@ def layers(vlm: Any) -> dict[int, Any]:
     """The cross-attention modules by layer index."""
     decoder = vlm.model.language_model.layers
     return {i: decoder[i].cross_attn for i in vlm.config.text_config.cross_attention_layers}
+
+
+def vision(vlm: Any) -> list[nn.Module]:
+    """The vision tower and the projector behind it."""
+    return [vlm.model.vision_model, vlm.model.multi_modal_projector]
+
+
+def picture_states(vlm: Any, inputs: Mapping[str, Tensor]) -> Float[Tensor, "b tiles p_tile c"]:
+    """What the cross-attention layers look at, of pictures one a text; `model.forward` computes the same from pixels."""
+    tower, projector = vision(vlm)
+    return projector(tower(**{name: inputs[name] for name in PICTURE_INPUTS}).last_hidden_state)[:, 0]
 
 
 def layout(width: int, height: int, processor, config, box: tuple[float, float, float, float]) -> PatchLayout:
