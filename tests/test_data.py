@@ -113,7 +113,9 @@ def test_bad_lines_are_named(tmp_path, line, message):
 
 
 def test_wrong_names_and_options(tmp_path):
-    with pytest.raises(ValueError, match="--data must be one of flickr30k, laion50k, rlaifv83k, ocrvqa30k, folder, toy; got 'coco'"):
+    with pytest.raises(
+        ValueError, match="--data must be one of flickr30k, laion50k, rlaifv83k, ocrvqa30k, folder, toy; got 'coco'"
+    ):
         data.load("coco")
     with pytest.raises(ValueError, match="--data folder takes no --split"):
         data.load("folder", tmp_path, split="train")
@@ -150,5 +152,16 @@ def test_broken_pictures_raise_what_readers_expect(tmp_path, harm, monkeypatch):
         path.unlink()
     else:
         path.write_bytes({"cut": path.read_bytes()[:-40], "empty": b"", "text": b"<html>not found"}[harm])
+    with pytest.raises(BROKEN_PICTURE):
+        data.open_image(path)
+
+
+def test_camera_notes_that_make_no_sense_are_a_broken_picture(tmp_path):
+    """The resolution, a fraction, is marked as a text: Pillow's own TypeError when it turns the picture upright."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    path = tmp_path / "p.jpg"
+    picture(path, exif=exif)
+    path.write_bytes(path.read_bytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02"))
     with pytest.raises(BROKEN_PICTURE):
         data.open_image(path)

@@ -141,7 +141,7 @@ def img2dataset_shard(root: Path, number: int, layout: str, rows: list[tuple[str
     ]  # fmt: skip
     root.mkdir(parents=True, exist_ok=True)
     names = {name: pa.string() for name in meta[0]}
-    pq.write_table(pa.Table.from_pylist(meta, pa.schema(names)), root / f"{number:05}.parquet")
+    pq.write_table(pa.Table.from_pylist(meta[::-1], pa.schema(names)), root / f"{number:05}.parquet")
     (root / f"{number:05}_stats.json").write_text("{}")
     files = {
         f"{row['key']}.{kind}": content

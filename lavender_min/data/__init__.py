@@ -114,7 +114,7 @@ def fetch(hub_id: str, revision: str, files: str) -> Path:
 
     try:
         copy = snapshot_download(hub_id, repo_type="dataset", revision=revision, allow_patterns=files)
-    except OSError as error:  # no network, no such data set, no permission, no room
+    except Exception as error:  # no network, no such data set, no room; the HTTP library's kinds are no OSErrors
         reason = str(error).strip().partition("\n")[0]
         raise OSError(
             f"{hub_id} could not be fetched ({type(error).__name__}: {reason}); "

@@ -92,16 +92,8 @@ def _from_tokens(path: Path) -> list[Row]:
 
 
 def _from_parquet(files: list[Path]) -> list[Row]:
-    table = parquet.read(files, ("image", "caption", "filename"), optional=("split",))
-    split = table.column("split").to_pylist() if "split" in table.column_names else [None] * table.num_rows
+    rows = parquet.read(files, "image", ("caption", "filename"), optional=("split",))
     return [
-        Row(
-            file,
-            part,
-            list(enumerate(c or "" for c in captions or [""])),
-            partial(parquet.open_cell, table, "image", i),
-        )
-        for i, (file, part, captions) in enumerate(
-            zip(table.column("filename").to_pylist(), split, table.column("caption").to_pylist(), strict=True)
-        )
+        Row(row["filename"], row.get("split"), list(enumerate(text or "" for text in row["caption"] or [""])), image)
+        for row, image in rows
     ]

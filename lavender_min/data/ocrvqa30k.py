@@ -64,7 +64,5 @@ def _from_json(path: Path) -> Iterable[Cover]:
 
 
 def _from_parquet(files: list[Path]) -> Iterable[Cover]:
-    table = parquet.read(files, ("images", "texts"), rows=COVERS)
-    for row, texts in enumerate(table.column("texts").slice(0, COVERS).to_pylist()):
-        turns = [(turn["user"] or "", turn["assistant"] or "") for turn in texts or []]
-        yield str(row), partial(parquet.open_cell, table, "images", row), turns
+    for number, (row, image) in enumerate(parquet.read(files, "images", ("texts",), rows=COVERS)):
+        yield str(number), image, [(turn["user"] or "", turn["assistant"] or "") for turn in row["texts"] or []]

@@ -6,8 +6,8 @@ memory: any row in any order, from any thread or process, and no more held than 
 """
 
 import glob
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -35,26 +35,31 @@ def check(file: Path, columns: Sequence[str]) -> list[str]:
     return names
 
 
-def read(files: Sequence[Path], columns: Sequence[str], optional: Sequence[str] = (), rows: float = math.inf) -> Any:
-    """A table (`datasets.table.Table`) of these columns, and of the `optional` ones if they are there.
+def read(
+    files: Sequence[Path], picture: str, texts: Sequence[str], optional: Sequence[str] = (), rows: int | None = None
+) -> Iterator[tuple[dict[str, Any], Callable[[], Image.Image]]]:
+    """Each row's texts, {column: value}, and what opens the picture of its column `picture`; the first `rows` rows.
 
-    Of many files, only the first that together have `rows` rows.
+    `optional` columns are read if they are there; files that are not needed for `rows` rows are not read.
     """
     from datasets import Dataset, concatenate_datasets  # slow to import, and nothing else needs it
     from datasets.exceptions import DatasetGenerationError
 
     parts: list[Dataset] = []
     for file in files:
-        names = check(file, columns)
-        wanted = [*columns, *(column for column in optional if column in names)]
+        names = check(file, [picture, *texts])
+        wanted = [picture, *texts, *(column for column in optional if column in names)]
         try:
             parts.append(Dataset.from_parquet(glob.escape(str(file)), columns=wanted, batch_size=256))
         except DatasetGenerationError as error:
             reason = " ".join(str(error.__cause__).split())
             raise ValueError(f"{file} cannot be read: fetch it again ({reason})") from error
-        if sum(map(len, parts)) >= rows:
+        if rows is not None and sum(map(len, parts)) >= rows:
             break
-    return concatenate_datasets(parts).data
+    table = concatenate_datasets(parts).data
+    only_texts = table.select([column for column in table.column_names if column != picture])
+    for row, values in enumerate(only_texts.slice(0, rows).to_pylist()):
+        yield values, partial(open_cell, table, picture, row)
 
 
 def open_cell(table: Any, column: str, row: int) -> Image.Image:

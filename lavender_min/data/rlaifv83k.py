@@ -5,7 +5,6 @@ chosen, rejected, idx, and where the picture came from. The chosen answer is the
 """
 
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 from lavender_min.data import Example, parquet
@@ -19,11 +18,9 @@ def load(root: Path) -> list[Example]:
             f"no RLAIF-V in {root}: looked for Parquet files; download openbmb/RLAIF-V-Dataset and pass --data_root, or "
             "have it downloaded (--data_root openbmb/RLAIF-V-Dataset), or try --data toy"
         )
-    table = parquet.read(files, ("image", "question", "chosen", "idx"))
     examples, seen = [], Counter[str]()
-    for row, text in enumerate(table.select(["question", "chosen", "idx"]).to_pylist()):
-        image = partial(parquet.open_cell, table, "image", row)
-        id = f"{text['idx']}#{seen[text['idx']]}"
-        seen[text["idx"]] += 1
-        examples.append(Example(id, image, (text["question"] or "").strip(), (text["chosen"] or "").strip()))
+    for row, image in parquet.read(files, "image", ("question", "chosen", "idx")):
+        id = f"{row['idx']}#{seen[row['idx']]}"
+        seen[row["idx"]] += 1
+        examples.append(Example(id, image, (row["question"] or "").strip(), (row["chosen"] or "").strip()))
     return examples
