@@ -116,7 +116,7 @@ def test_stable_diffusion_reads_its_text(pipe):
     """A picture is denoised better with its own caption than with that of another picture, and than with none."""
     examples = [data.example(f"heldout-{i:05d}-caption") for i in range(64)]
     texts = [e.answer for e in examples]
-    pixels = torch.stack([diffusion.frame_image(e.image(), models.SD_SIDE) for e in examples])
+    pixels = torch.stack([diffusion.frame_image(e.image(), 128) for e in examples])
     with torch.no_grad():
         latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,7 @@
 """How the two toy models are built: small twins of Stable Diffusion v1.4 and Llama-3.2-Vision, in their ordinary classes.
 
-Pictures are 128 × 128. Stable Diffusion sees them at 64 px and works on 16 × 16 latents with cross-attention at 16² and 8²;
-Mllama cuts the picture into 2 × 2 tiles of 64 px, 8 × 8 patches each, so its canvas is 16 × 16 patches as well. The tokenizers are
+Both see 128 × 128 pictures. Stable Diffusion works on 16 × 16 latents with cross-attention at 16² and 8²; Mllama cuts
+the picture into 2 × 2 tiles of 64 px, 8 × 8 patches each, so its canvas is 16 × 16 patches as well. The tokenizers are
 byte-level BPE: short words are one token, longer ones ("turquoise", "crescent") are kept in two or three.
 """
 
@@ -25,7 +25,6 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 SD_FOLDER = Path(__file__).parent / "models" / "sd"
 VLM_FOLDER = Path(__file__).parent / "models" / "vlm"
-SD_SIDE = 64  # pixels a side that Stable Diffusion sees
 TEXT_LENGTH = 40  # tokens Stable Diffusion's text encoder takes, 77 in v1.4
 TILE, PATCH, MAX_TILES = 64, 8, 4
 LONGEST_WORD = 6  # letters a word may have and still be one token
@@ -100,11 +99,7 @@ def chat_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def stable_diffusion(corpus: Iterable[str], folder: Path) -> Any:
-    """The whole pipeline with untrained weights: v-prediction, 4 heads, 16 × 16 latents of 8 channels.
-
-    Half of what is 4 channels for 8 × 8 pixels in v1.4 is 8 for 4 × 4 here: an autoencoder this small, with v1.4's figures,
-    blurs a star into a circle, and the UNet then has no use for the word.
-    """
+    """The whole pipeline with untrained weights: v-prediction, 4 heads, 16 × 16 latents of 4 channels."""
     tokenizer = clip_tokenizer(corpus, folder / "tokenizer")
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -121,18 +116,16 @@ def stable_diffusion(corpus: Iterable[str], folder: Path) -> Any:
         )
     )
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 24, 48, 64),
         layers_per_block=1,
-        latent_channels=8,
+        latent_channels=4,
         norm_num_groups=8,
-        sample_size=SD_SIDE,
+        sample_size=128,
     )
     unet = UNet2DConditionModel(
-        sample_size=SD_SIDE // 4,
-        in_channels=8,
-        out_channels=8,
+        sample_size=16,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(48, 96),

@@ -3,7 +3,7 @@
 Three trainings, each on the pretraining split only, each resumable (it saves itself every few hundred steps and goes
 on where it was when started again), each a pure function of its step number, so a resumed run sees the same data:
 
-    vae   pictures of 64 px to 8 × 16 × 16 latents and back, on random crops (it is convolutional)
+    vae   pictures to 4 × 16 × 16 latents and back, on random crops (it is convolutional)
     sd    text encoder and UNet together, v-prediction, on the latents
     vlm   Mllama's vision tower on what each patch shows, then the whole Mllama on lists of what is there and two kinds of
           question, without relations or places
@@ -15,13 +15,13 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -99,10 +99,11 @@ def corpus() -> list[str]:
     return texts
 
 
-def train_vae(pipe, images: np.ndarray, out: Path, steps: int = 2000, batch: int = 24, crop: int = 32) -> None:
+def train_vae(pipe, images: np.ndarray, out: Path, steps: int = 1500, crop: int = 64, batch: int = 16) -> None:
     def loss_of(rng):
-        y, x = rng.integers(0, models.SD_SIDE - crop + 1, 2)
-        pixels = framed(images[np.sort(rng.choice(len(images), batch, replace=False))])[..., y : y + crop, x : x + crop]
+        y, x = rng.integers(0, data.SIDE - crop + 1, 2)
+        picked = np.sort(rng.choice(len(images), batch, replace=False))
+        pixels = as_pixels(images[picked][:, y : y + crop, x : x + crop])
         posterior = pipe.vae.encode(pixels).latent_dist
         made = pipe.vae.decode(posterior.sample()).sample.float()
         return (made - pixels).abs().mean() + (made - pixels).square().mean() + 1e-5 * posterior.kl().mean()
@@ -110,53 +111,77 @@ def train_vae(pipe, images: np.ndarray, out: Path, steps: int = 2000, batch: int
     fit("vae", pipe.vae, loss_of, steps, 2e-3, out)
 
 
-def train_sd(pipe, images: np.ndarray, out: Path, steps: int = 5000, batch: int = 32) -> None:
-    """v-prediction; a fifth of the time steps below 250, the rest above, where only the text tells what is there."""
+def train_sd(pipe, images: np.ndarray, out: Path, steps=(3000, 2500, 3600), batch: int = 32) -> None:
+    """v-prediction; a fifth of the time steps below 250, the rest above, where only the text tells what is there.
+
+    In three phases, each with its own warm-up and cosine: short captions first, then more full listings and questions, so
+    that every word of a long text finds its place; last, captions that always name the colour, at the time steps between
+    those where the picture says everything and those where nobody can tell where a thing is.
+    """
     scheduler = pipe.scheduler
     with torch.no_grad():
         latents = torch.cat(
             [
-                pipe.vae.encode(framed(images[i : i + 50])).latent_dist.mode().float()
+                pipe.vae.encode(as_pixels(images[i : i + 50])).latent_dist.mode().float()
                 for i in tqdm(range(0, len(images), 50), desc="encoding", mininterval=5)
             ]
         )
     pipe.vae.register_to_config(scaling_factor=LATENT_SPREAD / latents.std().item())
     latents = latents * pipe.vae.config.scaling_factor
 
-    def loss_of(rng):
+    def loss_of(rng, prompt, last=1000):
         picked = rng.integers(0, len(latents), batch)
         tokens = pipe.tokenizer(
             [prompt(data.scene_of(int(i)), rng) for i in picked],
             padding="max_length", max_length=models.TEXT_LENGTH, truncation=True, return_tensors="pt",
         ).input_ids.to(DEVICE)  # fmt: skip
         clean = latents[picked]
-        t = np.where(rng.random(batch) < 0.2, rng.integers(0, 250, batch), rng.integers(250, 1000, batch))
+        t = np.where(rng.random(batch) < 0.2, rng.integers(0, 250, batch), rng.integers(250, last, batch))
         t, noise = torch.from_numpy(t).to(DEVICE), torch.randn_like(clean)
         noisy = scheduler.add_noise(clean, noise, t).to(memory_format=torch.channels_last)
         made = pipe.unet(noisy, t, pipe.text_encoder(tokens).last_hidden_state).sample
         return nn.functional.mse_loss(made.float(), scheduler.get_velocity(clean, noise, t))
 
-    fit("sd", nn.ModuleList([pipe.unet, pipe.text_encoder]), loss_of, steps, 1e-3, out)
+    both = nn.ModuleList([pipe.unet, pipe.text_encoder])
+    fit("sd", both, partial(loss_of, prompt=short_prompt), steps[0], 1e-3, out)
+    fit("sd_long", both, partial(loss_of, prompt=long_prompt), steps[1], 1e-3, out)
+    fit("sd_named", both, partial(loss_of, prompt=named_prompt, last=850), steps[2], 1e-3, out)
 
 
-def framed(images: np.ndarray) -> Tensor:
-    """uint8 [b, y, x, 3] to [b, 3, S, S] in [-1, 1], as Stable Diffusion will be shown them."""
-    small = [Image.fromarray(i).resize((models.SD_SIDE, models.SD_SIDE), Image.Resampling.BICUBIC) for i in images]
-    pixels = torch.from_numpy(np.stack([np.asarray(i) for i in small])).to(DEVICE)
-    return (rearrange(pixels, "b y x c -> b c y x").float() / 127.5 - 1).to(memory_format=torch.channels_last)
+def short_prompt(scene: world.Scene, rng: np.random.Generator) -> str:
+    """Any sentence the world has: captions of both kinds, or a question with its answer; now and then nothing at all."""
+    kind = rng.random()
+    if kind < 0.08:
+        return ""
+    if kind < 0.7:
+        return without_some_colors((world.caption if kind < 0.35 else world.relation)(scene, rng).text, rng)
+    return question(scene, rng)
 
 
-def prompt(scene: world.Scene, rng: np.random.Generator) -> str:
-    """Any sentence the world has: everything, two things, or a question with its answer; now and then nothing at all.
-
-    Many name a thing by its shape alone: with the colour beside it, a model of this size learns to ask for the colour.
-    """
+def long_prompt(scene: world.Scene, rng: np.random.Generator) -> str:
+    """As before, but captions of one kind name everything."""
     kind = rng.random()
     if kind < 0.05:
         return ""
-    if kind < 0.65:
-        return (world.listing if kind < 0.35 else world.relation)(scene, rng).text
+    if kind < 0.75:
+        return (
+            world.listing(scene, rng).text if kind < 0.5 else without_some_colors(world.relation(scene, rng).text, rng)
+        )
     return question(scene, rng)
+
+
+def named_prompt(scene: world.Scene, rng: np.random.Generator) -> str:
+    """Captions of all three kinds, with every colour, and questions."""
+    kind = rng.random()
+    if kind < 0.05:
+        return ""
+    if kind < 0.8:
+        return (world.listing if kind < 0.25 else world.caption if kind < 0.4 else world.relation)(scene, rng).text
+    return question(scene, rng)
+
+
+def without_some_colors(text: str, rng: np.random.Generator) -> str:
+    return " ".join(word for word in text.split() if word not in world.COLORS or rng.random() < 0.8)
 
 
 def question(scene: world.Scene, rng: np.random.Generator) -> str:
@@ -254,6 +279,12 @@ def encode(processor, examples) -> list[tuple[list[int], list[int]]]:
         ids, known = (processor.tokenizer(t, add_special_tokens=False).input_ids for t in (chat, start))
         rows.append((ids, [-100] * len(known) + ids[len(known) :]))
     return rows
+
+
+def as_pixels(images: np.ndarray) -> Tensor:
+    """uint8 [b, y, x, 3] to floats in [-1, 1], [b, 3, y, x]."""
+    pixels = rearrange(torch.from_numpy(np.ascontiguousarray(images)).to(DEVICE), "b y x c -> b c y x").float()
+    return (pixels / 127.5 - 1).to(memory_format=torch.channels_last)
 
 
 def main() -> None:

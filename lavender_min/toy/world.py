@@ -130,9 +130,9 @@ def line(marked: str) -> Line:
 
 
 def noun(scene: Scene, i: int, rng: np.random.Generator) -> str:
-    """ "a small red circle", with the size and the colour each left out now and then."""
+    """ "a small red circle", with the size left out now and then."""
     t = scene.things[i]
-    words = [w for w, keep in ((t.size, 0.6), (t.color, 0.8)) if rng.random() < keep] + [t.shape]
+    words = [t.size] * (rng.random() < 0.6) + [t.color, t.shape]
     return " ".join([article(words[0]), *(f"[{w}|{i}]" for w in words)])
 
 
