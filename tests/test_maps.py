@@ -1,21 +1,18 @@
-"""The store on disk: what is written is read, whatever happens in between."""
+"""The store on disk and its command line: what is written is read, looked over, shown, and taken from elsewhere."""
 
 import json
 import os
 import pickle
 import random
-import signal
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
+from PIL import Image
 
-from lavender_min.maps import store as maps_module
-from lavender_min.maps import MAX_ENTROPY, MapStore, MapWriter, entropy
+from lavender_min.maps import MAX_ENTROPY, MapStore, MapWriter, entropy, store
+from lavender_min.maps.__main__ import main
 from lavender_min.words import Word, find_words
 
 RECIPE = {"recipe": "paper", "settings": {"inversion_steps": 5}, "frame": "whole", "made_with": {"torch": "2.13.0"}}
@@ -36,44 +33,80 @@ def fill(path, numbers, **options):
                 writer.add(*row(i))
 
 
-def same(store, numbers):
-    assert sorted(store.ids) == sorted(f"pic {i}.jpg#0" for i in numbers) and len(store) == len(store.ids)
+def same(maps, numbers):
+    assert sorted(maps.ids) == sorted(f"pic {i}.jpg#0" for i in numbers) and len(maps) == len(maps.ids)
     for i in random.Random(0).sample(list(numbers), len(numbers)):
-        id, question, answer, words, maps, sos = row(i)
-        stored = store[id]
-        assert id in store and stored[:3] == (question, answer, words)
-        assert stored.maps.dtype == torch.float32 and torch.equal(stored.maps, maps.half().float())
+        id, question, answer, words, wanted, sos = row(i)
+        stored = maps[id]
+        assert id in maps and stored[:3] == (question, answer, words)
+        assert stored.maps.dtype == torch.float32 and torch.equal(stored.maps, wanted.half().float())
         assert stored.sos == pytest.approx(sos)
 
 
 def test_round_trip_in_shards(tmp_path):
     fill(tmp_path, range(23), shard_size=10)
     assert len(list(tmp_path.glob("*.parquet"))) == 3 and not list(tmp_path.glob(".tmp*"))
-    store = MapStore(tmp_path)
-    same(store, range(23))
-    assert store.recipe == RECIPE
-    assert list(store) == store.ids == [f"pic {i}.jpg#0" for i in range(23)]
-    same(pickle.loads(pickle.dumps(store)), range(23))  # as a DataLoader worker gets it, files open or not
+    maps = MapStore(tmp_path)
+    same(maps, range(23))
+    assert maps.recipe == RECIPE
+    assert list(maps) == maps.ids == [f"pic {i}.jpg#0" for i in range(23)]
+    same(pickle.loads(pickle.dumps(maps)), range(23))  # as a DataLoader worker gets it, files open or not
     with pytest.raises(KeyError, match="has no maps for id 'nobody'"):
-        store["nobody"]
+        maps["nobody"]
 
 
-def test_few_open_files_serve_many_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(maps_module, "OPEN_SHARDS", 2)
-    fill(tmp_path, range(20), shard_size=4)
-    store = MapStore(tmp_path)
-    same(store, range(20))
-    assert len(store._open) == 2
+@pytest.mark.parametrize("rows_a_group", [1, 5, 32])
+def test_few_open_files_serve_many_shards(tmp_path, monkeypatch, rows_a_group):
+    monkeypatch.setattr(store, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(store, "ROWS_PER_GROUP", rows_a_group)
+    fill(tmp_path, range(120), shard_size=40)
+    monkeypatch.setattr(store, "ROWS_PER_GROUP", 7)  # a reader goes by what the file says
+    maps = MapStore(tmp_path)
+    files = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
+    same(maps, range(120))
+    assert len(maps._open) == 2 and (files is None or len(os.listdir("/proc/self/fd")) == files + 2)
+    for i in (0, 40, 0, 80):  # the one not used for longest is let go
+        maps[f"pic {i}.jpg#0"]
+    assert list(maps._open) == [0, 2]
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, maps):
+        self.maps = maps
+
+    def __len__(self):
+        return 3 * len(self.maps)
+
+    def __getitem__(self, i):
+        i = i * 7 % len(self.maps)
+        return i, self.maps[f"pic {i}.jpg#0"]
+
+
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_share_a_store(tmp_path, start):
+    fill(tmp_path, range(30), shard_size=9)
+    maps = MapStore(tmp_path)
+    same(maps, range(30))  # all files are open when the workers are forked
+    loader = torch.utils.data.DataLoader(
+        Rows(maps), batch_size=None, num_workers=2, multiprocessing_context=start, collate_fn=lambda x: x
+    )
+    seen = 0
+    for i, stored in loader:
+        _, question, answer, words, wanted, _ = row(i)
+        assert stored[:3] == (question, answer, words) and torch.equal(stored.maps, wanted.half().float())
+        seen += 1
+    assert seen == 90
 
 
 def test_ordinary_parquet(tmp_path):
-    fill(tmp_path, range(7), shard_size=3)
+    fill(tmp_path, range(70), shard_size=40)
     rows = load_dataset(
         "parquet", data_files=str(tmp_path / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache")
     )
-    assert rows.num_rows == 7 and rows[2]["answer"] == "Über 2 dogs"
+    assert rows.num_rows == 70 and rows[2]["answer"] == "Über 2 dogs"
     assert rows[2]["words"][0] == {"text": "Über", "field": "answer", "start": 0, "end": 4}
-    assert np.array(rows[2]["maps"]).reshape(-1, 32, 32).shape == (3, 32, 32)
+    for i in (2, 31, 32, 69):
+        assert np.array_equal(np.array(rows[i]["maps"]).reshape(-1, 32, 32), row(i)[4].half().numpy())
 
 
 def test_going_on_and_several_writers(tmp_path):
@@ -84,90 +117,8 @@ def test_going_on_and_several_writers(tmp_path):
             (first if i % 2 else second).add(*row(i))
     fill(tmp_path, range(22), shard_size=100)
     same(MapStore(tmp_path), range(22))
-    total = sum(len(maps_module.read_ids(shard)) for shard in maps_module.shard_files(tmp_path))
+    total = sum(len(store.read_ids(shard)) for shard in store.shard_files(tmp_path))
     assert total == 22  # nothing twice on the disk either
-
-
-def test_two_writers_of_one_rank_are_refused(tmp_path):
-    with MapWriter(tmp_path, RECIPE):
-        with pytest.raises(ValueError, match="another process is already writing to .* as rank 0"):
-            MapWriter(tmp_path, RECIPE)
-    MapWriter(tmp_path, RECIPE).close()
-
-
-def test_another_recipe_is_refused_and_named(tmp_path):
-    fill(tmp_path, range(2))
-    with pytest.raises(
-        ValueError, match=r"recipe.json was made with another recipe \(frame: 'whole' there, 'crop' now"
-    ):
-        MapWriter(tmp_path, RECIPE | {"frame": "crop"})
-    MapWriter(tmp_path, RECIPE | {"made_with": {"torch": "3"}}).close()  # for the record only
-    (tmp_path / "recipe.json").unlink()
-    with pytest.raises(ValueError, match=r"recipe.json is missing, but its folder holds map shards"):
-        MapWriter(tmp_path, RECIPE)
-    with pytest.raises(FileNotFoundError, match="no attention maps in .*run extract.py first"):
-        MapStore(tmp_path)
-    (tmp_path / "recipe.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot read .*recipe.json"):
-        MapStore(tmp_path)
-
-
-@pytest.mark.parametrize("harm", ["cut", "empty", "rubbish", "foreign"])
-def test_a_broken_shard_is_named(tmp_path, harm):
-    fill(tmp_path, range(8), shard_size=4)
-    shard = tmp_path / "maps-r000-00001.parquet"
-    whole = shard.read_bytes()
-    if harm == "foreign":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.table({"id": ["a"]}), shard)
-    else:
-        shard.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "rubbish": b"x" * 5000}[harm])
-    for opened in (lambda: MapStore(tmp_path), lambda: MapWriter(tmp_path, RECIPE)):
-        with pytest.raises(ValueError, match="broken map shard .*maps-r000-00001.parquet.*delete that file") as error:
-            opened()
-        assert "\n" not in str(error.value)
-    shard.unlink()
-    fill(tmp_path, range(8), shard_size=4)  # as the message says
-    same(MapStore(tmp_path), range(8))
-
-
-def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
-    def full(table, aside, **options):
-        aside.write_bytes(b"PAR1 half a shard")
-        raise OSError(28, "No space left on device")
-
-    fill(tmp_path, range(3))
-    with monkeypatch.context() as patch:
-        patch.setattr(maps_module.pq, "write_table", full)
-        with pytest.raises(OSError, match="cannot write .*maps-r000-00001.parquet: No space left on device"):
-            fill(tmp_path, range(6))
-    same(MapStore(tmp_path), range(3))
-    fill(tmp_path, range(6))
-    same(MapStore(tmp_path), range(6))
-
-
-def test_killed_in_the_middle(tmp_path):
-    """SIGKILL while shards are being written; what is there is whole, and going on gives every row once."""
-    script = f"""
-        import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from test_maps import *
-        for i in range(10_000):  # endless for our purposes
-            fill({str(tmp_path)!r}, range(i * 3, i * 3 + 3), shard_size=2)
-            print("filled", flush=True)
-    """
-    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE)
-    for _ in range(5):
-        child.stdout.readline()
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    (tmp_path / ".tmp-r000-09999.parquet").write_bytes(b"half a shard")  # what a kill during a write leaves
-    n = len(MapStore(tmp_path))
-    assert n >= 15
-    fill(tmp_path, range(n + 5))
-    same(MapStore(tmp_path), range(n + 5))
-    assert not list(tmp_path.glob(".tmp*"))
 
 
 def test_wrong_shapes_are_refused(tmp_path):
@@ -189,3 +140,108 @@ def test_entropy():
     maps[0], maps[1, 3, 4], maps[2, 0] = 0.01, 5, 1
     assert entropy(maps).tolist() == pytest.approx([MAX_ENTROPY, 0, np.log(32)], rel=1e-5)
     assert json.loads(json.dumps(MAX_ENTROPY)) == pytest.approx(np.log(1024))
+
+
+# ---- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_check_counts_and_finds_nothing_wrong(tmp_path, capsys):
+    fill(tmp_path, range(70), shard_size=40)
+    words = sum(len(row(i)[3]) for i in range(70))
+    assert main(["check", str(tmp_path)]) == 0
+    out, bar = capsys.readouterr()
+    assert out == f"{tmp_path}: 70 rows, {words} words, 2 shards, 0.00 GB\nnothing is wrong\n" and "100%" in bar
+    assert main(["check", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.endswith("there is no recipe.json; run extract.py first\n")
+
+
+def test_check_names_what_is_wrong(tmp_path, capsys):
+    fill(tmp_path, range(40), shard_size=8)
+    with MapWriter(tmp_path, RECIPE, rank=1) as writer:
+        words = find_words({"answer": "one dog runs"})
+        for id, (i, value) in {"nan": (1, np.nan), "inf": (2, np.inf), "zero": (0, 0)}.items():
+            maps = torch.ones(3, 32, 32)
+            maps[i] = 0 if value == 0 else maps[i]
+            maps[i, 3, 4] = value
+            writer.add(id, "", "one dog runs", words, maps, 0.5)
+        writer.add(*row(3))  # stands in the first shard already
+    cut, flipped, misread = (tmp_path / f"maps-r000-0000{i}.parquet" for i in (1, 2, 3))
+    cut.write_bytes(cut.read_bytes()[:-100])
+    for shard, place in ((flipped, len(flipped.read_bytes()) // 2), (misread, misread.read_bytes().index(b" dogs"))):
+        data = bytearray(shard.read_bytes())
+        data[place] ^= 1  # one bit of a map; of a text
+        shard.write_bytes(data)
+    assert main(["check", str(tmp_path)]) == 1
+    parts = capsys.readouterr().out.replace("\n  ", "\0").splitlines()  # a heading with its list, a line
+    found = {part.split("\0")[0]: part.split("\0")[1:] for part in parts}
+    names = [line.split("/")[-1].split(":")[0] for line in found["broken: 3"]]
+    assert names == [cut.name, flipped.name, misread.name]
+    assert all("CRC checksum" in line for line in found["broken: 3"][1:])
+    assert found["not finite: 2"] == ["nan: dog", "inf: runs"] and found["all zero: 1"] == ["zero: one"]
+    assert found["twice: 1"] == ["pic 3.jpg#0: in maps-r000-00000.parquet and in maps-r001-00000.parquet"]
+
+
+def test_show_draws_every_map_over_its_picture(store_folder, tmp_path, capsys):
+    sheets = []
+    for more in (["--n", "2"], ["--n", "2", "--data", "toy"], ["--n", "1"]):
+        out = tmp_path / "sheet.png"
+        assert main(["show", store_folder, "--out", str(out), *more]) == 0
+        sheets.append(np.asarray(Image.open(out).convert("RGB"), int))
+    plain, pictured, one = sheets
+    said = capsys.readouterr().out.splitlines()
+    total = len(MapStore(store_folder))
+    assert said[0] == f"2 of {total} examples: {out}" and said[2].startswith("1 of ")
+    assert plain.shape == pictured.shape and one.shape[0] < plain.shape[0] * 0.6
+    assert (plain < 60).all(-1).mean() > 0.1  # dark where maps are low
+    assert 0.05 < (abs(plain - pictured).max(-1) > 20).mean() < 0.9  # the same sheet with pictures showing through
+    assert main(["show", store_folder, "--data", "folder", "--data_root", str(tmp_path)]) == 2
+    assert "no data in" in capsys.readouterr().err
+
+
+def released(root, picture, words, sub="x"):
+    folder = root / picture / "lpm_attention" / sub
+    folder.mkdir(parents=True)
+    for i, word in enumerate(words):
+        grey = np.random.default_rng(i).integers(0, 256, (32, 32), dtype=np.uint8)
+        Image.fromarray(grey).save(folder / f"attention_{word}.jpg", quality=95)
+    return folder
+
+
+def test_the_released_maps_become_a_store(tmp_path, capsys):
+    captions = ["A dog saw a Dog.", "Two dogs."], ["The child's red T-shirt"]
+    lines = [f"{i}.jpg#{k}\t{text}" for i, own in enumerate(captions) for k, text in enumerate(own)]
+    (tmp_path / "flickr").mkdir()
+    (tmp_path / "flickr" / "results_20130124.token").write_text("\n".join(lines))
+    Image.new("RGB", (8, 8)).save(tmp_path / "flickr" / "0.jpg")
+    jpegs = tmp_path / "jpegs"
+    zero = released(jpegs, "0.jpg", ["dog", "A", "dogs", "cat", "saw"], "0")
+    (zero / "attention_saw.jpg").write_bytes(b"not a picture")
+    one = released(jpegs, "1.jpg", ["child's", "T-shirt"])
+    Image.new("L", (16, 16)).save(one / "attention_red.jpg")
+    released(jpegs, "unknown.jpg", ["dog"])
+    arguments = ["import", str(jpegs), str(tmp_path / "maps"), "--data_root", str(tmp_path / "flickr")]
+    for _ in range(2):  # the second time adds nothing
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert "holds 2 captions; of 9 files 5 found no place" in out
+        left = (tmp_path / "maps" / "left_out.txt").read_text().splitlines()
+        assert {tuple(line.split("\t")[:2]) for line in left} == {
+            ("0.jpg", "dogs"), ("0.jpg", "cat"), ("0.jpg", "saw"), ("1.jpg", "red"), ("unknown.jpg", "dog")
+        }  # fmt: skip
+        assert sum("in no caption" in line for line in left) == 3 and "(16, 16) cells" in str(left)
+    maps = MapStore(tmp_path / "maps")
+    assert (
+        maps.ids == ["0.jpg#0", "1.jpg#0"] and maps.recipe["recipe"] == "released" and maps.recipe["frame"] == "whole"
+    )
+    stored = maps["0.jpg#0"]
+    assert [(w.text, w.start) for w in stored.words] == [("A", 0), ("dog", 2), ("a", 10), ("Dog", 12)]
+    for word, one in zip(stored.words, stored.maps, strict=True):
+        name = {"a": "A", "dog": "dog"}[word.text.casefold()]
+        grey = torch.from_numpy(np.array(Image.open(zero / f"attention_{name}.jpg"), np.float32) / 255)
+        assert torch.equal(one, grey.half().float()) and one.max() > 0.9
+    assert main([*arguments, "--captions", "all"]) == 0  # goes on with the other captions
+    assert [w.text for w in MapStore(tmp_path / "maps")["0.jpg#1"].words] == ["dogs"]
+    assert main(["check", str(tmp_path / "maps")]) == 0
+    assert main([*arguments, "--frame", "crop"]) == 2 and "another recipe (frame" in capsys.readouterr().err
+    assert main(["import", str(tmp_path / "flickr"), *arguments[2:]]) == 2
+    assert "looked for <picture>/lpm_attention/<folder>/attention_<word>.jpg" in capsys.readouterr().err

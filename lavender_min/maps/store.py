@@ -17,7 +17,7 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -34,7 +34,6 @@ from lavender_min.words import Word
 ROWS_PER_GROUP = 32
 OPEN_SHARDS = 256  # kept open, each a file handle and its footer, about 0.1 MB
 MAP_BYTES = MAP_SIDE**2 * 2  # float16
-BROKEN_SHARD = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError)  # what reading one can raise
 _IDS = b"lavender_ids"  # footer entry: the shard's ids in row order, as JSON
 _WORD = pa.struct([("text", pa.string()), ("field", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
 _SCHEMA = pa.schema(
@@ -60,7 +59,7 @@ class StoredMaps(NamedTuple):
 
 
 class Shard:
-    """One shard, open: `shard[row]`. Raises one of BROKEN_SHARD where it is not as this package wrote it."""
+    """One shard, open: `shard[row]`."""
 
     def __init__(self, path: Path):
         self._source = pa.OSFile(str(path))
@@ -104,9 +103,7 @@ class MapStore:
         self.recipe = read_recipe(self.path)
         self._shards = shard_files(self.path)
         ids = [read_ids(shard) for shard in self._shards]
-        self._first = np.cumsum(
-            [0] + [len(of) for of in ids]
-        ).tolist()  # each shard's first row, rows counted throughout
+        self._first = [0, *accumulate(map(len, ids))]  # each shard's first row, rows counted throughout
         self._row: dict[str, int] = {}  # if an id should stand twice, the first wins
         for row, id in enumerate(chain.from_iterable(ids)):
             self._row.setdefault(id, row)
@@ -129,13 +126,11 @@ class MapStore:
         if id not in self._row:
             raise KeyError(f"{self.path} has no maps for id {id!r} (it holds {len(self)} examples)")
         number = bisect_right(self._first, self._row[id]) - 1
-        try:
+        with naming(self._shards[number]):
             shard = self._open[number] = self._open.pop(number, None) or Shard(self._shards[number])
             if len(self._open) > OPEN_SHARDS:
                 del self._open[next(iter(self._open))]
             return shard[self._row[id] - self._first[number]]
-        except BROKEN_SHARD as error:
-            raise broken(self._shards[number], error) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}  # open files do not travel to DataLoader workers
@@ -250,21 +245,26 @@ def shard_files(path: Path) -> list[Path]:
     return sorted(path.glob("maps-*.parquet"))
 
 
-def broken(shard: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"broken map shard {shard}: {reason}; delete that file and run extract.py again to remake it")
+@contextlib.contextmanager
+def naming(shard: Path) -> Iterator[None]:
+    """Whatever reading a shard raises becomes one line that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"broken map shard {shard}: {reason}; delete that file and run extract.py again to remake it"
+        ) from error
 
 
 def read_ids(shard: Path) -> list[str]:
     """The ids of a shard, in row order, from its footer alone."""
-    try:
+    with naming(shard):
         footer = pq.read_metadata(shard)
         ids = json.loads(footer.metadata[_IDS])
         if len(ids) != footer.num_rows:
             raise ValueError(f"{footer.num_rows} rows but {len(ids)} ids")
-    except BROKEN_SHARD as error:
-        raise broken(shard, error) from error
-    return ids
+        return ids
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -1,0 +1,195 @@
+"""Look over a map store, look at it, or make one from the maps the paper's authors released.
+
+python -m lavender_min.maps check DIR                     every row of every shard; exit code 1 if anything is wrong
+python -m lavender_min.maps show DIR --n 12 [--data NAME] a sheet of word maps, over their pictures with --data
+python -m lavender_min.maps import JPEG_ROOT DIR          the released Flickr30k maps, words placed in --data_root's captions
+"""
+
+import argparse
+import math
+import string
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from lavender_min import data, draw
+from lavender_min.geometry import MAP_SIDE
+from lavender_min.maps.store import MapStore, MapWriter, Shard, naming, read_ids, read_recipe, shard_files
+from lavender_min.words import find_words
+
+LISTED = 20  # lines of each kind of fault that are printed
+COLUMNS = 8  # words of an example that are shown
+
+
+def check(folder: Path) -> int:
+    """Read everything, as training does and as any Parquet reader does; print counts and faults; 1 if there are any."""
+    read_recipe(folder)
+    shards = shard_files(folder)
+    size = sum(shard.stat().st_size for shard in shards)
+    faults: dict[str, list[str]] = defaultdict(list)
+    home: dict[str, str] = {}  # id ─► the shard it stands in
+    words = 0
+    with tqdm(total=size, unit="B", unit_scale=True) as bar:
+        for shard in shards:
+            try:
+                for id, texts, maps in rows_of(shard):
+                    if id in home:
+                        faults["twice"].append(f"{id}: in {home[id]} and in {shard.name}")
+                    home[id] = shard.name
+                    words += len(texts)
+                    finite = np.isfinite(maps).all((1, 2))
+                    for kind, bad in (("not finite", ~finite), ("all zero", ~maps.any((1, 2)))):
+                        if bad.any():
+                            faults[kind].append(f"{id}: {', '.join(texts[i] for i in bad.nonzero()[0])}")
+            except ValueError as error:
+                faults["broken"].append(str(error))
+            bar.update(shard.stat().st_size)
+    print(f"{folder}: {len(home):,} rows, {words:,} words, {len(shards):,} shards, {size / 1e9:.2f} GB")
+    for kind, lines in faults.items():
+        print(f"{kind}: {len(lines):,}", *lines[:LISTED], *["…"] * (len(lines) > LISTED), sep="\n  ")
+    if not faults:
+        print("nothing is wrong")
+    return 1 if faults else 0
+
+
+def rows_of(shard: Path) -> Iterator[tuple[str, list[str], Float[np.ndarray, "w g g"]]]:
+    """(id, words, maps) of each row, where the footer, Parquet's own reading with checksums, and the store's reading agree."""
+    ids, row = read_ids(shard), 0
+    with naming(shard):
+        as_stored, file = Shard(shard), pq.ParquetFile(shard, page_checksum_verification=True)
+        for batch in file.iter_batches(64, use_threads=False):
+            for id, maps in zip(batch["id"].to_pylist(), batch["maps"], strict=True):
+                stored = as_stored[row]
+                plain = maps.values.to_numpy().astype(np.float32)
+                if id != ids[row] or not np.array_equal(stored.maps.flatten().numpy(), plain, equal_nan=True):
+                    raise ValueError(f"row {row}: its id, words and maps do not fit together")
+                yield id, [word.text for word in stored.words], stored.maps.numpy()
+                row += 1
+
+
+def spread(items: Sequence[Any], n: int) -> list[Any]:
+    """At most n of them, evenly spaced."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
+
+
+def show(folder: Path, n: int, out: Path, name: str | None, root: str | None) -> int:
+    """A line an example, its words in reading order, each map stretched to 0 … 1 and, with data, laid over the picture."""
+    store = MapStore(folder)
+    pictures = {example.id: example.image for example in data.load(name, root) if example.id in store} if name else {}
+    ids = spread(list(pictures) if name else store.ids, n)
+    if not ids:
+        raise ValueError(
+            f"{folder} holds no maps" + (f" for --data {name}: were they made from other data?" if name else "")
+        )
+    high = 1.75 * len(ids) + 0.25  # inches
+    figure = Figure(figsize=(1.3 * COLUMNS, high))
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.1 / high, top=1 - 0.45 / high, wspace=0.05, hspace=0.4)
+    for axes, id in zip(figure.subplots(len(ids), COLUMNS, squeeze=False), ids, strict=True):
+        stored = store[id]
+        picture = pictures[id]() if name else Image.new("L", (1, 1))
+        square = (256, 256)
+        picture = ImageOps.fit(picture, square) if store.recipe.get("frame") == "crop" else picture.resize(square)
+        text = f"{id}:  {stored.question} {stored.answer}"[:160]
+        axes[0].text(0, 1.22, text, fontsize=7, color="#444444", transform=axes[0].transAxes)
+        for axis, i in zip(axes, spread(range(len(stored.words)), COLUMNS), strict=False):
+            draw.overlay(axis, picture, stored.maps[i])
+            axis.set_title(stored.words[i].text, fontsize=8, pad=2)
+        for axis in axes[len(stored.words) :]:
+            axis.axis("off")
+    figure.savefig(out, dpi=110)
+    print(f"{len(ids)} of {len(store):,} examples: {out}")
+    return 0
+
+
+def released_map(file: Path) -> Float[Tensor, "g g"]:
+    with Image.open(file) as image:
+        grey = np.asarray(image.convert("L"), np.float32) / 255
+    if grey.shape != (MAP_SIDE, MAP_SIDE):
+        raise ValueError(f"{grey.shape} cells instead of {MAP_SIDE} x {MAP_SIDE}")
+    return torch.from_numpy(grey)
+
+
+def take_released(jpegs: Path, folder: Path, root: str | None, captions: str | None, frame: str) -> int:
+    """<jpegs>/<picture>/lpm_attention/<any folder>/attention_<word>.jpg, 8-bit grey, value / 255, into a store.
+
+    A file speaks for its word wherever a caption of its picture says it, in capitals or not. What finds no place is counted and
+    listed. Nothing is known of the start-of-text token: `sos` is NaN.
+    """
+    found: dict[str, dict[str, Path]] = defaultdict(dict)  # picture ─► word ─► file
+    for file in sorted(jpegs.glob("*/lpm_attention/*/attention_*.jpg")):
+        word = file.stem.removeprefix("attention_").strip(string.punctuation).casefold()
+        found[file.parts[-4]][word] = file
+    if not found:
+        raise FileNotFoundError(f"no maps in {jpegs}: looked for <picture>/lpm_attention/<folder>/attention_<word>.jpg")
+    examples = defaultdict(list)
+    for example in data.load("flickr30k", root, "all", captions):
+        examples[example.id.rpartition("#")[0]].append(example)
+    left: dict[tuple[str, str], str] = {}  # (picture, word) ─► why it is not in the store
+    recipe = {"data": "flickr30k", "recipe": "released", "values": "8-bit grey / 255", "frame": frame}
+    with MapWriter(folder, recipe | {"map_side": MAP_SIDE}) as writer:
+        for picture, files in tqdm(found.items(), unit=" pictures"):
+            maps = {}
+            for word, file in files.items():
+                left[picture, word] = "in no caption"
+                try:
+                    maps[word] = released_map(file)
+                except data.BROKEN_PICTURE as error:
+                    left[picture, word] = str(error)
+            for example in examples[picture]:
+                words = [word for word in find_words(example.fields) if word.text.casefold() in maps]
+                for word in words:
+                    left.pop((picture, word.text.casefold()), None)
+                if words and example.id not in writer.done:
+                    own = torch.stack([maps[word.text.casefold()] for word in words])
+                    writer.add(example.id, example.question, example.answer, words, own, math.nan)
+    print(
+        f"{folder} holds {len(writer.done):,} captions; of {sum(map(len, found.values())):,} files {len(left):,} found no place"
+    )
+    if left:
+        listing = folder / "left_out.txt"
+        listing.write_text("".join(f"{picture}\t{word}\t{why}\n" for (picture, word), why in left.items()))
+        print(f"they are listed in {listing}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    about: dict[str, Any] = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("python -m lavender_min.maps", usage=argparse.SUPPRESS, **about)
+    commands = parser.add_subparsers(required=True, metavar="check | show | import")
+    names = {"check": check, "show": show, "import": take_released}
+    own = {name: commands.add_parser(name, usage=argparse.SUPPRESS, help=f.__doc__) for name, f in names.items()}
+    for name, function in names.items():
+        own[name].set_defaults(function=function)
+        if name == "import":
+            own[name].add_argument("jpegs", metavar="JPEG_ROOT", type=Path)
+        own[name].add_argument("folder", metavar="DIR", type=Path)
+    show_, import_ = own["show"].add_argument, own["import"].add_argument
+    show_("--n", type=int, default=12, help="examples (default: 12)")
+    show_("--out", type=Path, help="the picture to write (default: DIR/maps.png)")
+    show_("--data", dest="name", choices=list(data.SOURCES), help="the data set whose pictures to lay under the maps")
+    for add in (show_, import_):
+        add("--data_root", dest="root", help="where its files are (default: data/<data>)")
+    import_("--captions", choices=["first", "all"], help="one caption a picture, or all five (default: first)")
+    import_("--frame", choices=["whole", "crop"], default="whole", help="what the maps cover (default: whole)")
+    args = vars(parser.parse_args(argv))
+    try:
+        return args.pop("function")(**args)
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
