@@ -150,7 +150,8 @@ def test_check_counts_and_finds_nothing_wrong(tmp_path, capsys):
     words = sum(len(row(i)[3]) for i in range(70))
     assert main(["check", str(tmp_path)]) == 0
     out, bar = capsys.readouterr()
-    assert out == f"{tmp_path}: 70 rows, {words} words, 2 shards, 0.00 GB\nnothing is wrong\n" and "100%" in bar
+    size = sum(shard.stat().st_size for shard in tmp_path.glob("*.parquet")) / 1e6
+    assert out == f"{tmp_path}: 70 rows, {words} words, 2 shards, {size:.1f} MB\nnothing is wrong\n" and "100%" in bar
     assert main(["check", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.endswith("there is no recipe.json; run extract.py first\n")
 
@@ -194,6 +195,8 @@ def test_show_draws_every_map_over_its_picture(store_folder, tmp_path, capsys):
     assert plain.shape == pictured.shape and one.shape[0] < plain.shape[0] * 0.6
     assert (plain < 60).all(-1).mean() > 0.1  # dark where maps are low
     assert 0.05 < (abs(plain - pictured).max(-1) > 20).mean() < 0.9  # the same sheet with pictures showing through
+    fill(tmp_path, range(1))
+    assert main(["show", str(tmp_path)]) == 0 and (tmp_path / "maps.png").exists()
     assert main(["show", store_folder, "--data", "folder", "--data_root", str(tmp_path)]) == 2
     assert "no data in" in capsys.readouterr().err
 

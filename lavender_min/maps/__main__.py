@@ -55,7 +55,7 @@ def check(folder: Path) -> int:
             except ValueError as error:
                 faults["broken"].append(str(error))
             bar.update(shard.stat().st_size)
-    print(f"{folder}: {len(home):,} rows, {words:,} words, {len(shards):,} shards, {size / 1e9:.2f} GB")
+    print(f"{folder}: {len(home):,} rows, {words:,} words, {len(shards):,} shards, {size / 1e6:,.1f} MB")
     for kind, lines in faults.items():
         print(f"{kind}: {len(lines):,}", *lines[:LISTED], *["…"] * (len(lines) > LISTED), sep="\n  ")
     if not faults:
@@ -84,7 +84,7 @@ def spread(items: Sequence[Any], n: int) -> list[Any]:
     return [items[i * len(items) // n] for i in range(n)]
 
 
-def show(folder: Path, n: int, out: Path, name: str | None, root: str | None) -> int:
+def show(folder: Path, n: int, out: Path | None, name: str | None, root: str | None) -> int:
     """A line an example, its words in reading order, each map stretched to 0 … 1 and, with data, laid over the picture."""
     store = MapStore(folder)
     pictures = {example.id: example.image for example in data.load(name, root) if example.id in store} if name else {}
@@ -108,6 +108,7 @@ def show(folder: Path, n: int, out: Path, name: str | None, root: str | None) ->
             axis.set_title(stored.words[i].text, fontsize=8, pad=2)
         for axis in axes[len(stored.words) :]:
             axis.axis("off")
+    out = out or folder / "maps.png"
     figure.savefig(out, dpi=110)
     print(f"{len(ids)} of {len(store):,} examples: {out}")
     return 0
