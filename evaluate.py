@@ -2,8 +2,10 @@
 
     python evaluate.py --data toy --seeds 3 --train "--qlora --num_train_epochs 20"     trains three pairs, then compares them
     python evaluate.py --data toy --plain runs/toy-plain --lavender runs/toy-lora       finished runs of train.py
+    python evaluate.py --adapter runs/flickr30k-qlora --image my.jpg --question "What is this?"     one's own picture
 
-Writes report.md, report.json and pictures to --out. What is missing (Stable Diffusion's maps of the held-out pictures, with
+With --image it prints the model's answer and draws where it looked for each word, into OUT/<name of the picture>.png. Otherwise it
+writes report.md, report.json and pictures to --out. What is missing (Stable Diffusion's maps of the held-out pictures, with
 --seeds the runs) is made first; stopped or killed, start it again with the same arguments and it goes on where it was.
 """
 
@@ -22,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from lavender_min import data, hosts, measure, report, runs, training
+from lavender_min import data, hosts, look, measure, report, runs, training
 from lavender_min.maps import MapStore
 from lavender_min.model import Lavender
 from lavender_min.toy.data import KINDS, word_masks
@@ -54,6 +56,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--maps", help="Stable Diffusion's maps of the held-out pictures (default: maps/<data>-heldout)")
     add("--extract", default="", metavar="FLAGS", help="more flags for extract.py, which makes those maps, in quotes")
     add("--sd", help="Stable Diffusion for those maps (default: extract.py's)")
+    add(
+        "--image",
+        metavar="FILE",
+        help="one's own picture: answer about it, and draw where each word of the answer looks",
+    )
+    add("--question", metavar="TEXT", default="", help="with --image: what to ask (default: for a caption)")
+    add(
+        "--vlm",
+        metavar="NAME",
+        help="with --image: hub id or folder of the host (default: the adapter's, or the toy's)",
+    )
+    add("--adapter", metavar="DIR", help="with --image: a finished run of train.py, or a PEFT adapter")
     add("--scenes", type=positive, default=100, help="held-out pictures (default: 100)")
     add("--batch_size", type=positive, default=32, help="texts at once (default: 32)")
     add("--out", default="runs/report", help="folder for the report (default: runs/report)")
@@ -161,11 +175,36 @@ def recall(name: str, folder: str) -> tuple[report.Run, runs.ModelFlags]:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     try:
+        if args.image:
+            evaluate_picture(args)
+            return 0
+        if args.question or args.vlm or args.adapter:
+            raise ValueError("--question, --vlm and --adapter are about one's own picture: give --image too")
         evaluate(args, shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)]))
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def half_of_gpu() -> torch.dtype:
+    """As in train.py: bf16 on a GPU that has it, fp16 on one that has not, float32 without."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def evaluate_picture(args: argparse.Namespace) -> None:
+    image = look.picture(args.image)  # before anything that takes time
+    vlm = args.vlm if args.vlm or args.adapter else data.SOURCES[args.data].vlm
+    model, processor, host, attend = look.load_tuned(vlm, args.adapter, half_of_gpu())
+    reply, words, maps = look.ask(model, processor, host, attend, image, args.question)
+    print(reply)
+    if not words:
+        raise ValueError(f"the answer, {reply!r}, has no words to draw")
+    path = Path(args.out) / f"{Path(args.image).stem}.png"
+    look.draw_answer(path, image, words, maps)
+    print(f"{path} shows where it looked for each word")
 
 
 def evaluate(args: argparse.Namespace, command: str) -> None:
@@ -191,9 +230,7 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
                 f"{run.folder} tuned {flags.vlm} by {flags.mode}, {folders[0].folder} {base.vlm} by {base.mode}"
             )
 
-    dtype = torch.float32  # as in train.py
-    if torch.cuda.is_available():
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    dtype = half_of_gpu()
     models = {report.CHANCE: [measure.chance_numbers(sheet)], report.SD: [measure.map_numbers(sheet.maps, sheet)]}
     shown = {report.SD: sheet.maps}
 

@@ -125,12 +125,22 @@ def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 @torch.no_grad()
 def answer(
-    model: Lavender, processor: Any, examples: list[Example], batch_size: int, what: str = "answers"
+    model: Lavender,
+    processor: Any,
+    examples: list[Example],
+    batch_size: int,
+    what: str = "answers",
+    longest: int | None = None,
 ) -> list[str]:
-    """The model's greedy answer to each example's question, from the chat prompt it was tuned with."""
+    """The model's greedy answer to each example's question, from the chat prompt it was tuned with.
+
+    Of at most `longest` tokens; by default 8 more than the longest true answer has: one that goes on is wrong already.
+    """
     model.eval()
     tokenizer = processor.tokenizer
-    longest = max((len(tokenizer(e.answer, add_special_tokens=False)["input_ids"]) for e in examples), default=0)
+    if longest is None:
+        true = [tokenizer(example.answer, add_special_tokens=False)["input_ids"] for example in examples]
+        longest = 8 + max(map(len, true), default=0)
     replies: list[str] = []
     for asked in batches(examples, batch_size, what):
         prompts = [text[:start] for text, start, _ in (chat(processor, example) for example in asked)]
@@ -145,7 +155,7 @@ def answer(
         with autocast(model):
             out = model.vlm.generate(
                 **to_device(dict(inputs), model.host.device),
-                max_new_tokens=longest + 8,  # a longer one is wrong already
+                max_new_tokens=longest,
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,

@@ -105,6 +105,7 @@ def cpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fa
 def gpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Flash attention; with a mask the memory-efficient kernel, which copies a mask whose rows are not a multiple of 8 long."""
     aten = torch.ops.aten
+    query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))  # as autocast does
     if attn_mask is None:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     p = attn_mask.shape[-1]
@@ -293,8 +294,11 @@ def simulate(model: Lavender, batch: dict[str, Any], rows: int, optim: str, half
 def describe(flags: runs.ModelFlags, args: Any, tokens: int = 512) -> str:
     """The plan as a table, for `TrainingArguments` and texts of so many tokens, a quarter of which answer."""
     half = torch.bfloat16  # float16 on a T4: as many bytes
-    lavender = build(flags, half)
-    if args.gradient_checkpointing:
+    lavender = build(flags, torch.float32 if flags.mode == "full" else half)
+    checkpointed = (
+        getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
+    )  # its new name, its old
+    if checkpointed:
         lavender.gradient_checkpointing_enable()
     b, answer = args.per_device_train_batch_size, max(1, tokens // 4)
     batch = make_batch(lavender.host.config, b, tokens, answer)
@@ -305,7 +309,7 @@ def describe(flags: runs.ModelFlags, args: Any, tokens: int = 512) -> str:
     peak = totals.pop(phase)
     lines = [
         f"{flags.vlm}, {flags.mode}: {b} × {tokens} tokens ({answer} of the answer, each a word), {tiles} tiles, "
-        f"{'activations checkpointed' if args.gradient_checkpointing else 'all activations kept'}, {args.optim}",
+        f"{'activations checkpointed' if checkpointed else 'all activations kept'}, {args.optim}",
         "",
     ]
     for label, size in sorted(

@@ -20,7 +20,7 @@ import numpy as np  # noqa: E402
 from jaxtyping import Float  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from lavender_min.geometry import minmax  # noqa: E402
+from lavender_min import draw  # noqa: E402
 from lavender_min.measure import Sheet, interval  # noqa: E402
 
 Numbers = dict[str, float]
@@ -287,28 +287,18 @@ def draw_maps(path: Path, sheet: Sheet, chosen: list[int], maps: dict[str, Float
     for number, (row, i) in enumerate(zip(axes, chosen, strict=True)):
         example, stored = sheet.examples[sheet.place[i][0]], sheet.stored[sheet.place[i][0]]
         picture = example.image()
-        box = (0, 1, 1, 0)  # left, right, bottom, top
-        grey = np.asarray(picture.convert("L"), float)[..., None].repeat(3, 2) / 255 * 0.75
-        row[0].imshow(picture, extent=box)
+        row[0].imshow(picture, extent=(0, 1, 1, 0))  # left, right, bottom, top
         text = "\n".join(textwrap.wrap(f"{example.question} {stored.answer}".strip(), 30))
         row[0].set_xlabel(text, fontsize=6.5, color="#444444")
         row[0].set_ylabel(sheet.texts[i], fontsize=10, fontweight="bold")
         for axis, (name, of) in zip(row[1:], maps.items(), strict=True):
-            one = minmax(of[i]).numpy()
-            side = one.shape[0]
-            axis.imshow(grey, extent=box)
-            axis.imshow(
-                one, extent=box, cmap="inferno", alpha=0.35 + 0.5 * one, interpolation="bilinear", vmin=0, vmax=1
-            )
+            side = draw.overlay(axis, picture, of[i]).shape[0]
             at = (np.arange(side) + 0.5) / side
             axis.contour(at, at, sheet.masks[i].numpy(), [0.5], colors="white", linewidths=0.9)
-            y, x = np.unravel_index(one.argmax(), one.shape)
-            axis.plot(at[x], at[y], "o", ms=6, mfc="none", mec="#39ff88", mew=1.3)
             if number == 0:
                 axis.set_title(name, fontsize=9, color=COLORS.get(name, "black"))
-        for axis in row:
-            axis.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(1, 0))
-            axis.spines[:].set_visible(False)
+        row[0].set(xticks=[], yticks=[])
+        row[0].spines[:].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

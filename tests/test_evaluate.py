@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from lavender_min import data, hosts, measure, training
+from lavender_min import data, hosts, look, measure, runs, training
 from lavender_min.geometry import minmax
 from lavender_min.maps import MapStore, MapWriter
 from lavender_min.model import Lavender
@@ -271,3 +273,109 @@ def test_a_4_bit_host_is_read_and_asked_outside_training(world, tmp_path):
     collator = training.Collator(processor, vlm.config, family)
     numbers, maps = measure.measure(Lavender(vlm), processor, collator, sheet, 8, "4 bits")
     assert maps["own"].shape == sheet.maps.shape and "answers.all" in numbers["own"]
+
+
+# ------------------------------------------------------------------------------------------------ one's own picture
+
+
+@pytest.fixture(scope="module")
+def own_picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "mine.jpg"
+    toy.load("heldout", 1)[0].image().resize((150, 90)).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tuned(world, tmp_path_factory):
+    """Folders of a Lavender run, as train.py leaves it, and of its adapter alone; and the run's model."""
+    flags = runs.ModelFlags(str(world / "vlm"), attend="reading")
+    model, *_ = runs.build(flags)
+    with torch.no_grad():
+        for name, parameter in model.vlm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    run, alone = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("alone")
+    for folder in (run, alone):
+        model.vlm.save_pretrained(folder)
+    runs.remember(flags, run)
+    save_file(model.align.state_dict(), run / runs.ALIGN_FILE)
+    return run, alone, model.eval()
+
+
+def test_maps_of_an_answer_are_those_of_its_teacher_forced_rows(host, own_picture, monkeypatch):
+    """Held against the host's own eager attention at the rows that say each word, by hand."""
+    monkeypatch.setattr(look, "LONGEST", 20)
+    vlm, processor, family = host
+    image = look.picture(own_picture)
+    reply, words, maps = look.ask(Lavender(vlm).eval(), processor, family, "reading", image, "what is it")
+    assert words and maps.keys() == {"own"} and maps["own"].shape == (len(words), 32, 32)
+    assert [word.text for word in words] == [reply[word.start : word.end] for word in words]
+
+    text = processor.apply_chat_template(
+        [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": reply}]},
+        ]
+    )
+    batch = dict(processor(text=text, images=[[image]], add_special_tokens=False, return_tensors="pt"))
+    offsets = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    layers = vlm.config.text_config.cross_attention_layers
+    vlm.set_attn_implementation({"text_config": "eager"})
+    try:
+        with torch.no_grad():
+            found = vlm(**batch, output_attentions=True, use_cache=False).attentions
+    finally:
+        vlm.set_attn_implementation({"text_config": "lavender"})
+    attention = torch.stack([found[i][0].mean(0) for i in layers]).mean(0)  # [t, p]
+    layout = family.layout(*image.size, processor, vlm.config, (0.0, 1.0, 0.0, 1.0))
+    index = layout.index[0].long()
+    begin = text.rindex(reply)
+    for word, found_map in zip(words, maps["own"], strict=True):
+        rows = [t for t, (a, b) in enumerate(offsets) if a < begin + word.end and b > begin + word.start]
+        canvas = attention[rows].mean(0)[index.clamp(min=0)] * (index >= 0) * (index >= 0).sum()
+        torch.testing.assert_close(found_map, layout.rows[0] @ canvas @ layout.cols[0].T, rtol=1e-3, atol=1e-4)
+
+
+def test_an_own_picture_from_the_command_line(tuned, own_picture, world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(look, "LONGEST", 9)  # an untrained model does not stop by itself
+    run, alone, model = tuned
+    said = {}
+    asked = ["--image", own_picture, "--question", "what is it", "--out"]
+    for name, flags in {
+        "untuned": ["--vlm", str(world / "vlm")],
+        "run": ["--adapter", str(run)],
+        "adapter": ["--adapter", str(alone)],
+        "moved": ["--adapter", str(alone), "--vlm", str(world / "vlm")],
+    }.items():
+        assert evaluate.main([*asked, str(tmp_path / name), *flags]) == 0, name
+        said[name], where = capsys.readouterr().out.strip().rsplit("\n", 1)
+        assert (tmp_path / name / "mine.png").read_bytes()[:4] == b"\x89PNG" and where.startswith(str(tmp_path / name))
+    assert said["run"] == said["adapter"] == said["moved"] != said["untuned"]
+    high = {name: Image.open(tmp_path / name / "mine.png").height for name in said}
+    assert high["run"] > high["adapter"]  # the Aligner's maps stand below the model's own
+
+    loaded, _, _, attend = look.load_tuned(None, str(run), torch.float32)
+    assert attend == "reading"
+    for (name, a), b in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_one_line_about_a_bad_picture_or_adapter(own_picture, tmp_path, capsys, world):
+    broken, empty = tmp_path / "broken.png", tmp_path / "empty"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    empty.mkdir()
+    for argv, message in (
+        (["--image", str(tmp_path / "no.png")], "no.png: there is no such file"),
+        (["--image", str(broken)], "broken.png is not a picture that can be read"),
+        (["--image", own_picture, "--adapter", str(empty)], "holds no adapter_config.json"),
+        (
+            ["--image", own_picture, "--adapter", str(empty), "--vlm", str(world / "vlm")],
+            "holds no adapter_config.json",
+        ),
+        (["--image", own_picture, "--vlm", str(empty)], "Unrecognized model"),
+        (["--question", "what is it"], "give --image too"),
+    ):
+        assert evaluate.main([*argv, "--out", str(tmp_path / "out")]) == 2, argv
+        err = capsys.readouterr().err.strip().rsplit("\r", 1)[-1].split("it/s]")[-1].strip()
+        assert message in err and "\n" not in err and err.startswith("evaluate.py: "), err
+    assert not (tmp_path / "out").exists()

@@ -20,10 +20,10 @@ FLOORS = [
     {"diffusion", "hosts"},
     {"model"},
     {"runs"},
-    {"sanity", "vision_cache", "callbacks"},
+    {"sanity", "vision_cache", "callbacks", "plan", "export"},
     {"training"},
     {"measure"},
-    {"report", "localise"},
+    {"report", "localise", "look"},
 ]
 SAME_FLOOR = {("toy", "data")}
 

@@ -1,0 +1,64 @@
+"""A tuned model as a plain Hugging Face folder, in which nothing of this package is left.
+
+    python -m lavender_min.export runs/flickr30k-qlora exported
+
+The adapter is merged into the host's weights as they were published, not into their 4-bit form, so the folder loads with
+AutoModelForImageTextToText and AutoProcessor, and with whatever reads such folders (lmms-eval, for one). Takes as much memory as
+the host has bytes: 20 GiB for Llama-3.2-11B-Vision; no GPU.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from lavender_min import runs
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def base_of(folder: Path) -> str:
+    """The host an adapter was tuned on; the folder itself where every weight was tuned."""
+    if (folder / runs.FLAGS_FILE).exists():
+        flags = runs.recall(folder)
+        return str(folder) if flags.mode == "full" else flags.vlm
+    if not (folder / ADAPTER_FILE).exists():
+        raise FileNotFoundError(
+            f"{folder} holds no {ADAPTER_FILE}: give the --output_dir of a finished run of train.py, or a PEFT adapter"
+        )
+    return json.loads((folder / ADAPTER_FILE).read_text())["base_model_name_or_path"]
+
+
+def export(folder: Path, out: Path) -> None:
+    """Writes weights, configs, tokenizer and chat template of the run, or adapter, in `folder` to `out`."""
+    base = base_of(folder)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: give a new folder")
+    vlm = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
+    if base != str(folder):
+        vlm = PeftModel.from_pretrained(vlm, str(folder)).merge_and_unload(safe_merge=True)
+    vlm.save_pretrained(out)
+    AutoProcessor.from_pretrained(base).save_pretrained(out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        "python -m lavender_min.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dir", type=Path, help="the --output_dir of a run of train.py, or a PEFT adapter")
+    parser.add_argument("out", type=Path, help="a new folder")
+    args = parser.parse_args()
+    try:
+        export(args.dir, args.out)
+    except (ValueError, OSError) as error:
+        print(f"export: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{args.out} holds the merged model and its processor")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
