@@ -1,10 +1,11 @@
 """The map store on disk: shards, their writer and their reader. `lavender_min.maps` says what a store is.
 
 The layout follows from what one row costs. Read through Parquet, a row costs its whole row group: with 8 words a row, 0.2 ms
-for groups of 3 rows and 1.5 ms for groups of 32, nearly all of it for the maps; and small groups make long footers (270 MB
-for 100,000 rows in groups of 3). So groups are of 32 rows and only the texts come through Parquet (0.06 ms). The maps are
-stored as they are, in one page a group: the values are the last bytes of the group's column, where a row's begin follows
-from the number of words before it, and just those bytes are read. To every other reader the file is ordinary Parquet.
+for groups of 3 rows and 1.5 ms for groups of 32, nearly all of it for the maps. Small groups, on the other hand, make long
+footers: held open, those of 100,000 rows take 290 MB in groups of 3, 31 MB in groups of 32. So groups are of 32 rows and only
+the texts come through Parquet (0.06 ms). The maps are stored as they are, in one page a group: the values are the last
+bytes of the group's column, where a row's begin follows from the number of words before it, and just those bytes are read.
+To every other reader the file is ordinary Parquet.
 
 Files are read, not memory-mapped: what was read does not stay in the process, forked workers may share a handle (each
 read carries its own position), and a file that is cut short meanwhile is an error, not a SIGBUS.
@@ -32,7 +33,7 @@ from lavender_min.geometry import MAP_SIDE
 from lavender_min.words import Word
 
 ROWS_PER_GROUP = 32
-OPEN_SHARDS = 256  # kept open, each a file handle and its footer, about 0.1 MB
+OPEN_SHARDS = 256  # kept open, each a file handle and its footer, about 0.16 MB
 MAP_BYTES = MAP_SIDE**2 * 2  # float16
 _IDS = b"lavender_ids"  # footer entry: the shard's ids in row order, as JSON
 _WORD = pa.struct([("text", pa.string()), ("field", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
