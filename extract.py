@@ -8,12 +8,14 @@ Stopped or killed, start it again with the same arguments: it goes on where it w
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
+import shutil
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +25,10 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from lavender_min import data, diffusion
+from lavender_min import data, diffusion, stable_diffusion
 from lavender_min.data import Example
 from lavender_min.geometry import MAP_SIDE
-from lavender_min.maps import MAX_ENTROPY, MapWriter, entropy
+from lavender_min.maps import MAX_ENTROPY, MapStore, MapWriter, entropy
 from lavender_min.words import find_words
 
 
@@ -50,7 +52,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--draws", type=positive, help="noise: noisy copies of a picture at each time step (default: 1)")
     add("--frame", choices=diffusion.FRAMES, default="whole", help="the whole picture, or its centre (default: whole)")
     add("--resolutions", type=layer_weights, help="layer weights by side, e.g. 16:1,8:0.5 (default: all layers alike)")
-    add("--batch_size", type=positive, default=8, help="pictures at once (default: 8)")
+    add("--content_norm", action="store_true", help="divide each pixel by what all the words' tokens get there")
+    add("--batch_size", type=batch_size, default=8, help="pictures at once; auto: what fits the GPU (default: 8)")
+    add("--dtype", choices=list(stable_diffusion.DTYPES), help="the UNet's numbers (default: fp16 on a GPU, else fp32)")
+    add("--compile", action="store_true", help="torch.compile the UNet: minutes at the start, then faster passes")
     add("--shard_size", type=positive, default=512, help="pictures a file; a kill loses at most as many (default: 512)")
     return parser.parse_args(argv)
 
@@ -59,6 +64,10 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def batch_size(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
 
 
 def time_steps(text: str) -> list[int]:
@@ -82,7 +91,10 @@ def layer_weights(text: str) -> dict[int, float]:
 
 
 def recipe_of(args: argparse.Namespace, sd_name: str) -> dict[str, Any]:
-    """Everything that decides what the maps are: stored as recipe.json and compared when a run goes on."""
+    """Everything that decides what the maps are: stored as recipe.json and compared when a run goes on.
+
+    What stands under "made_with" moves the last digits only, and may differ.
+    """
     settings = dict(diffusion.RECIPES[args.recipe].settings)
     for name in ("timesteps", "draws"):
         if getattr(args, name) is not None:
@@ -99,17 +111,37 @@ def recipe_of(args: argparse.Namespace, sd_name: str) -> dict[str, Any]:
         "recipe": args.recipe,
         "settings": settings,
         "resolutions": args.resolutions and {str(side): weight for side, weight in args.resolutions.items()},
+        "content_norm": args.content_norm,
         "frame": args.frame,
         "map_side": MAP_SIDE,
         "made_with": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
     }
 
 
-def batches_of(examples: list[Example], size: int, done: set[str], state: PartialState) -> list[list[Example]]:
+def choose_batch_size(wish: int | str, maps: Path, sd: diffusion.StableDiffusion, recipe: dict[str, Any]) -> int:
+    """`auto`: what the store was begun with, so that a run that goes on cuts the same batches; else what fits the GPU."""
+    if wish != "auto":
+        return int(wish)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no store yet, or one whose fault MapWriter will name
+        return MapStore(maps).recipe["made_with"]["batch_size"]
+    if sd.unet.device.type != "cuda":
+        return 8
+    return stable_diffusion.fitting_batch(lambda pictures: heaviest_batch(sd, recipe, pictures))
+
+
+def heaviest_batch(sd: diffusion.StableDiffusion, recipe: dict[str, Any], pictures: int) -> None:
+    """No batch of so many pictures needs more memory than one whose windows are full of words of one token each."""
+    texts = [{"answer": "a " * (sd.tokenizer.model_max_length - 2)}] * pictures
+    pixels = torch.zeros(pictures, 3, sd.side, sd.side)
+    diffusion.word_maps(sd, pixels, texts, [""] * pictures, recipe["recipe"], recipe["settings"])
+
+
+def batches_of(examples: list[Example], size: int, done: Iterable[str], state: PartialState) -> list[list[Example]]:
     """This process's batches that are not done yet.
 
-    The cut into batches never depends on what is done, and a batch is run whole or not at all: numbers that are added
-    up in the same company round the same way, so a run that was broken off gives bit for bit the same maps.
+    The cut into batches depends neither on what is done nor on how many processes there are, and a batch is run whole
+    or not at all: numbers that are added up in the same company round the same way, so a run that was broken off gives
+    bit for bit the same maps, and a process that died can have its share taken up by any later run.
     """
     batches = [examples[i : i + size] for i in range(0, len(examples), size)]
     mine = batches[state.process_index :: state.num_processes]
@@ -138,21 +170,28 @@ def read_ahead(
 
 
 def announce(
-    args: argparse.Namespace, examples: list[Example], recipe: dict[str, Any], maps: Path, done: set[str],
+    args: argparse.Namespace, examples: list[Example], recipe: dict[str, Any], maps: Path, done: Iterable[str],
     sd: diffusion.StableDiffusion, state: PartialState,
 ) -> None:  # fmt: skip
-    passes = diffusion.RECIPES[args.recipe].passes(recipe["settings"])
-    words = sum(len(find_words(example.fields)) for example in examples)
-    megabytes = (words * MAP_SIDE**2 * 2 + len(examples) * 1000) / 1e6  # float16 maps, and 1 kB of text a picture
-    todo = sum(example.id not in done for example in examples)
+    passes, batch = diffusion.RECIPES[args.recipe].passes(recipe["settings"]), recipe["made_with"]["batch_size"]
+    todo = [example for example in examples if example.id not in done]
+    words = sum(len(find_words(example.fields)) for example in todo)
+    disk = (words * MAP_SIDE**2 * 2 + len(todo) * 1000) / 1e6  # MB: float16 maps, and 1 kB of text a picture
+    free = shutil.disk_usage(maps).free / 1e6
     print(
-        f"{len(examples):,} pictures of {args.data}, {words:,} words; {recipe['sd']}, recipe {args.recipe}: "
-        f"{passes} UNet passes a picture, {passes * len(examples):,} in all\n"
-        f"maps go to {maps}: about {megabytes:,.0f} MB; {len(examples) - todo:,} pictures are done already",
+        f"{len(examples):,} pictures of {args.data}, {len(examples) - len(todo):,} done already; the rest has {words:,} "
+        f"words\n{recipe['sd']}, recipe {args.recipe}: {passes} UNet passes a picture, {passes * len(todo):,} in all, "
+        f"{batch} pictures at once in {recipe['made_with']['dtype']}\n"
+        f"maps go to {maps}: about {disk:,.0f} MB more; {free:,.0f} MB are free"
+        + (
+            ": too little; the run will stop when they are used up, and go on where there is room"
+            if disk > free
+            else ""
+        ),
         flush=True,
     )
-    together = args.batch_size if state.device.type == "cuda" else 1
-    seconds = diffusion.seconds_a_pass(sd, together) / together * passes * todo / state.num_processes
+    together = batch if state.device.type == "cuda" else 1
+    seconds = stable_diffusion.seconds_a_pass(sd, together) / together * passes * len(todo) / state.num_processes
     print(f"expected time on {state.num_processes} x {state.device.type}: about {clock(seconds)}", flush=True)
 
 
@@ -169,6 +208,7 @@ class Tally:
     words: int = 0
     entropy: float = 0.0  # nats, summed over words
     skipped: dict[str, str] = field(default_factory=dict)  # id ─► why
+    times: Counter[str] = field(default_factory=Counter)  # seconds by phase
     began: float = field(default_factory=time.time)
 
     def summary(self, maps: Path) -> str:
@@ -178,6 +218,10 @@ class Tally:
             text += f"; {rate:.2g} pictures/s, {self.words / self.stored:.1f} words a picture"
         if self.words:
             text += f"; mean map entropy {self.entropy / self.words:.2f} of {MAX_ENTROPY:.2f} nats"
+        total = sum(self.times.values()) or 1
+        text += "\ntime: " + ", ".join(f"{phase} {spent / total:.0%}" for phase, spent in self.times.most_common())
+        if torch.cuda.is_available():
+            text += f"; at most {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB of GPU memory"
         return text
 
 
@@ -187,7 +231,10 @@ def run(
 ) -> None:  # fmt: skip
     """Make and store the maps of these batches."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for batch, pictures in read_ahead(batches, sd.side, args.frame, pool):
+        ahead = read_ahead(batches, sd.side, args.frame, pool)
+        for _ in batches:
+            with diffusion.timed(tally.times, "waiting for pictures"):
+                batch, pictures = next(ahead)
             new = {example.id for example in batch if example.id not in writer.done}
             whole, pixels = [], []
             for example, picture in zip(batch, pictures, strict=True):
@@ -205,13 +252,19 @@ def run(
                     args.recipe,
                     settings,
                     args.resolutions,
+                    args.content_norm,
+                    tally.times,
                 )
-                for example, result in zip(whole, found, strict=True):
-                    if example.id in new:
-                        writer.add(example.id, example.question, example.answer, *result)
-                        tally.stored += 1
-                        tally.words += len(result.words)
-                        tally.entropy += entropy(result.maps).sum().item()
+                with diffusion.timed(tally.times, "storing"):
+                    for example, result in zip(whole, found, strict=True):
+                        if example.id in new:
+                            writer.add(example.id, example.question, example.answer, *result)
+                            tally.stored += 1
+                            tally.words += len(result.words)
+                            tally.entropy += entropy(result.maps).sum().item()
+            bar.set_postfix(
+                words=f"{tally.words / max(tally.stored, 1):.1f}", skipped=len(tally.skipped), refresh=False
+            )
             bar.update(len(new))
 
 
@@ -227,16 +280,22 @@ def main(argv: list[str] | None = None) -> int:
         examples = data.load(args.data, args.data_root, args.split, args.captions)[: args.limit]
         sd_name = args.sd or data.SOURCES[args.data].sd
         recipe = recipe_of(args, sd_name)
-        sd = diffusion.load(sd_name, state.device)
+        sd = diffusion.load(sd_name, state.device, args.dtype)
         diffusion.check_resolutions(sd, args.resolutions)
         maps = Path(args.maps or f"maps/{args.data}")
-        writer = MapWriter(maps, recipe, args.shard_size, state.process_index)
+        if args.compile:
+            sd.unet.compile()
+        # One process chooses the batch size and writes it down; the others find it there and cut the same batches.
+        with state.main_process_first() if args.batch_size == "auto" else contextlib.nullcontext():
+            size = choose_batch_size(args.batch_size, maps, sd, recipe)
+            recipe["made_with"] |= {"batch_size": size, "dtype": str(sd.unet.dtype).removeprefix("torch.")}
+            writer = MapWriter(maps, recipe, args.shard_size, state.process_index)
     except (OSError, ValueError) as error:
         return fail(error)
     if state.is_main_process:
         announce(args, examples, recipe, maps, writer.done, sd, state)
 
-    batches, tally = batches_of(examples, args.batch_size, writer.done, state), Tally()
+    batches, tally = batches_of(examples, size, writer.done, state), Tally()
     todo = sum(example.id not in writer.done for batch in batches for example in batch)
     bar = tqdm(total=todo, unit=" pictures", disable=not state.is_local_main_process, smoothing=0.1)
     try:
@@ -245,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a full or vanished disk
         return fail(error)
     except torch.OutOfMemoryError:
-        return fail(f"out of GPU memory at --batch_size {args.batch_size}: try a smaller one")
+        return fail(f"out of GPU memory at --batch_size {size}: try a smaller one")
     except KeyboardInterrupt:
         return fail("stopped; what is done is stored, the same command goes on", 130)
 

@@ -3,17 +3,17 @@
 A map is needed only in small, at the end, averaged over heads, layers and passes. So each layer adds its own to a
 running sum, [rows, words, pixels], and the probabilities of the single heads are never kept.
 
-Shapes: r rows of the UNet's batch; l text tokens; w words; q = y·x pixels of a layer; h heads; d head dim; g = 32.
+Shapes: r rows, n copies of each in the UNet's batch; l text tokens; w words; q = y·x pixels of a layer; h heads;
+d head dim; g = 32.
 """
 
 import contextlib
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce, repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,41 +21,54 @@ from lavender_min import ops
 from lavender_min.geometry import MAP_SIDE, resize_map
 
 
+@torch.library.custom_op("lavender_min::recorded_attention", mutates_args={"total"})
+def recorded_attention(query: Tensor, key: Tensor, value: Tensor, word_weights: Tensor, total: Tensor) -> Tensor:
+    """One layer: its output [nr, q, (h d)], and its maps, the mean over the n copies of a row, added to total [r, w, q].
+
+    An operation of its own, so that torch.compile puts the UNet into one graph and leaves this to our kernel.
+    """
+    copies = len(query) // len(word_weights)
+    maps = total if copies == 1 else total.new_zeros(len(query), *total.shape[1:])
+    weights = repeat(word_weights, "r l w -> (n r) l w", n=copies)
+    out = ops.diffusion_attention(query, key, value, weights, maps)
+    if copies > 1:
+        total += reduce(maps, "(n r) w q -> r w q", "mean", n=copies)
+    return rearrange(out, "nr h q d -> nr q (h d)").contiguous()
+
+
+@recorded_attention.register_fake
+def _(query, key, value, word_weights, total):
+    nr, h, q, d = query.shape
+    return query.new_empty(nr, q, h * d)
+
+
 class Recorder:
     """Sums the maps of the layers it is shown, by side of the layer's feature map, in fp32.
 
-    `word_weights[r, l, w]` says how much token l counts for word w (1/n for each of a word's n tokens).
-    `resolutions` {side: weight}: a layer of that side counts that much, any other not at all; None: all alike.
+    `word_weights[r, l, w]` says how much token l counts for word w (1/n for each of a word's n tokens). Layers of other
+    `sides` than these are left alone. A pass may hold every row several times, one copy of all rows after the other (as
+    the recipe `noise` does): they are averaged.
     """
 
-    def __init__(self, word_weights: Float[Tensor, "r l w"], resolutions: Mapping[int, float] | None = None):
+    def __init__(self, word_weights: Float[Tensor, "r l w"], sides: Iterable[int]):
+        r, _, w = word_weights.shape
         self.word_weights = word_weights
-        self.resolutions = resolutions
-        self.sums: dict[int, Float[Tensor, "r w q"]] = {}
-        self.counts: Counter[int] = Counter()
+        self.sums: dict[int, Float[Tensor, "r w q"]] = {side: word_weights.new_zeros(r, w, side**2) for side in sides}
+        # How many layers were added; a tensor, as a compiled UNet would be compiled anew for every other number.
+        self.counts: dict[int, Tensor] = {side: torch.zeros((), device=word_weights.device) for side in self.sums}
 
-    def wants(self, side: int) -> bool:
-        return self.resolutions is None or self.resolutions.get(side, 0) > 0
+    @property
+    def layers(self) -> Counter[int]:
+        return Counter({side: int(count) for side, count in self.counts.items()})
 
-    def sum(self, side: int) -> Float[Tensor, "r w q"]:
-        """Where the next map of this side is added."""
-        if side not in self.sums:
-            r, _, w = self.word_weights.shape
-            self.sums[side] = self.word_weights.new_zeros(r, w, side * side)
-        self.counts[side] += 1
-        return self.sums[side]
-
-    def mean(self, g: int = MAP_SIDE) -> Float[Tensor, "r w g g"]:
-        """The weighted mean over layers and passes, each resized to g×g (resizing is linear: once a side is enough)."""
-        if not self.sums:
-            raise RuntimeError("nothing was recorded: run the UNet inside `with recording(unet, …)`")
-        weight = {side: 1.0 if self.resolutions is None else self.resolutions[side] for side in self.sums}
-        total = sum(weight[side] * self.counts[side] for side in self.sums)
-        sides = [
-            weight[side] / total * resize_map(rearrange(maps, "r w (y x) -> r w y x", y=side), g)
-            for side, maps in self.sums.items()
-        ]
-        return torch.stack(sides).sum(0)
+    def means(self, g: int = MAP_SIDE) -> dict[int, Float[Tensor, "r w g g"]]:
+        """By side, the mean over layers and passes, resized to g×g (resizing is linear: once a side is enough)."""
+        if not self.layers.total():
+            raise RuntimeError("nothing was recorded: run the UNet inside `with recording(unet, recorder)`")
+        return {
+            side: resize_map(rearrange(total / self.counts[side], "r w (y x) -> r w y x", y=side), g)
+            for side, total in self.sums.items()
+        }
 
 
 class RecordingProcessor:
@@ -68,8 +81,8 @@ class RecordingProcessor:
         self.original, self.recorder = original, recorder
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
-        side = math.isqrt(hidden_states.shape[1])  # frames are square
-        if not self.recorder.wants(side):
+        side = int(hidden_states.shape[1] ** 0.5)  # frames are square
+        if side not in self.recorder.sums:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
         if attention_mask is not None:
             raise ValueError("recording expects the UNet to be called without a text mask, as Stable Diffusion is")
@@ -84,27 +97,25 @@ class RecordingProcessor:
         )
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
-        out = ops.diffusion_attention(query, key, value, self.recorder.word_weights, self.recorder.sum(side))
-        out = attn.to_out[0](rearrange(out, "r h q d -> r q (h d)"))
+        self.recorder.counts[side] += 1
+        out = recorded_attention(query, key, value, self.recorder.word_weights, self.recorder.sums[side])
+        out = attn.to_out[0](out)
         if attn.residual_connection:
             out = out + residual
         return out / attn.rescale_output_factor
 
 
 @contextlib.contextmanager
-def recording(
-    unet: Any, word_weights: Float[Tensor, "r l w"], resolutions: Mapping[int, float] | None = None
-) -> Iterator[Recorder]:
+def recording(unet: Any, recorder: Recorder) -> Iterator[None]:
     """Inside this `with`, every pass of the UNet adds to the recorder's maps; afterwards the UNet is as it was."""
     layers = [module for name, module in unet.named_modules() if name.endswith("attn2")]
     originals = [layer.processor for layer in layers]
     if any(isinstance(original, RecordingProcessor) for original in originals):
         raise RuntimeError("this UNet is already being recorded")
-    recorder = Recorder(word_weights, resolutions)
     try:
         for layer, original in zip(layers, originals, strict=True):
             layer.set_processor(RecordingProcessor(original, recorder))
-        yield recorder
+        yield
     finally:
         for layer, original in zip(layers, originals, strict=True):
             layer.set_processor(original)

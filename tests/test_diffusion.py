@@ -1,17 +1,17 @@
 """Stage 1's teacher on a tiny Stable Diffusion with random weights, against slow and explicit computations."""
 
 import copy
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from einops import rearrange
+from einops import einsum, rearrange
 from PIL import Image
-from tiny_sd import LENGTH, build_tiny_sd
+from tiny_sd import LENGTH, build_tiny_sd, explicit_maps
 
-from lavender_min import diffusion
-from lavender_min.geometry import resize_map
+from lavender_min import diffusion, recipes, stable_diffusion
 from lavender_min.recording import Recorder, RecordingProcessor, recording
 from lavender_min.words import find_words, join_fields, windows
 
@@ -33,25 +33,7 @@ TEXTS = [
 ]
 IDS = ["one", "two", "three"]
 NOISE = {"timesteps": [40, 500], "draws": 2}
-
-
-def explicit_maps(sd, latents, t, text, g=32):
-    """[layers, r, l, g, g]: every cross-attention's softmax, from the inputs of its projections."""
-    found, handles = [], []
-
-    def hook(attn, args, kwargs):
-        query = rearrange(attn.to_q(args[0]), "r q (h d) -> r h q d", h=attn.heads)
-        key = rearrange(attn.to_k(kwargs["encoder_hidden_states"]), "r l (h d) -> r h l d", h=attn.heads)
-        a = ((query @ key.mT) * query.shape[-1] ** -0.5).softmax(-1).mean(1)
-        found.append(resize_map(rearrange(a, "r (y x) l -> r l y x", y=int(a.shape[1] ** 0.5)), g))
-
-    for name, module in sd.unet.named_modules():
-        if name.endswith("attn2"):
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    out = diffusion.ask(sd, latents, t, text)
-    for handle in handles:
-        handle.remove()
-    return torch.stack(found), out
+SHORT = {"inversion_steps": 2, "denoising_steps": 2}
 
 
 def some_pass(sd, rows=2):
@@ -61,21 +43,27 @@ def some_pass(sd, rows=2):
     return latents, torch.tensor(500), sd.text_encoder(ids)[0], torch.rand(rows, LENGTH, 4, generator=draw)
 
 
+def mean_over_layers(recorder):
+    means = recorder.means()
+    return sum(recorder.layers[side] * means[side] for side in means) / recorder.layers.total()
+
+
 # ---- recording ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_recording_changes_nothing_and_equals_an_explicit_softmax(tiny_sd):
     latents, t, text, weights = some_pass(tiny_sd)
-    layers, plain = explicit_maps(tiny_sd, latents, t, text)
+    layers, plain = explicit_maps(tiny_sd.unet, latents, t, text)
     before = {name: id(processor) for name, processor in tiny_sd.unet.attn_processors.items()}
-    with recording(tiny_sd.unet, weights) as recorder:
-        recorded = diffusion.ask(tiny_sd, latents, t, text)
+    recorder = Recorder(weights, [8, 4])
+    with recording(tiny_sd.unet, recorder):
+        recorded = recipes.ask(tiny_sd, latents, t, text)
     assert (recorded - plain).abs().max() <= 1e-6 * plain.abs().max()
     assert {name: id(processor) for name, processor in tiny_sd.unet.attn_processors.items()} == before
-    assert torch.equal(diffusion.ask(tiny_sd, latents, t, text), plain)
+    assert torch.equal(recipes.ask(tiny_sd, latents, t, text), plain)
     expected = torch.einsum("rlyx,rlw->rwyx", layers.mean(0), weights)
-    torch.testing.assert_close(recorder.mean(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mean_over_layers(recorder), expected, atol=1e-6, rtol=1e-5)
     assert expected.std() > 1e-3  # the maps are not flat, so this says something
 
 
@@ -84,7 +72,7 @@ def test_in_double_precision_the_output_agrees_to_rounding(tiny_sd):
     unet = copy.deepcopy(tiny_sd.unet).double()
     latents, t, text, weights = (x.double() if x.is_floating_point() else x for x in some_pass(tiny_sd))
     plain = unet(latents, t, encoder_hidden_states=text).sample
-    with recording(unet, weights):
+    with recording(unet, Recorder(weights, [8, 4])):
         recorded = unet(latents, t, encoder_hidden_states=text).sample
     assert (recorded - plain).abs().max() <= 1e-12
 
@@ -92,34 +80,36 @@ def test_in_double_precision_the_output_agrees_to_rounding(tiny_sd):
 @torch.no_grad()
 def test_resolution_weights_and_several_passes(tiny_sd):
     latents, t, text, weights = some_pass(tiny_sd)
-    first, _ = explicit_maps(tiny_sd, latents, t, text)
-    second, _ = explicit_maps(tiny_sd, latents + 1, t, text)
+    first, _ = explicit_maps(tiny_sd.unet, latents, t, text)
+    second, _ = explicit_maps(tiny_sd.unet, latents + 1, t, text)
     sides = [8, 4, 4, 4, 4, 8, 8]  # down, down, middle, up (two layers each), as they are called
     assert len(first) == len(sides) and tiny_sd.map_sides == [8, 4]
-    for resolutions in ({8: 1.0}, {4: 1.0, 8: 0.0}, {8: 1.0, 4: 0.25}):
-        with recording(tiny_sd.unet, weights, resolutions) as recorder:
-            out = diffusion.ask(tiny_sd, latents, t, text)
-            diffusion.ask(tiny_sd, latents + 1, t, text)
-        layer_weight = torch.tensor([resolutions.get(side, 0.0) for side in sides])
+    for resolutions in (None, {8: 1.0}, {4: 1.0, 8: 0.0}, {8: 1.0, 4: 0.25}):
+        recorder = Recorder(weights, [side for side, weight in (resolutions or {8: 1, 4: 1}).items() if weight])
+        with recording(tiny_sd.unet, recorder):
+            out = recipes.ask(tiny_sd, latents, t, text)
+        with recording(tiny_sd.unet, recorder):
+            recipes.ask(tiny_sd, latents + 1, t, text)
+        layer_weight = torch.tensor([(resolutions or {8: 1.0, 4: 1.0}).get(side, 0.0) for side in sides])
         layer_weight = layer_weight / layer_weight.sum()
         layers = torch.einsum("n,nrlyx->rlyx", layer_weight, (first + second) / 2)
         expected = torch.einsum("rlyx,rlw->rwyx", layers, weights)
-        torch.testing.assert_close(recorder.mean(), expected, atol=1e-6, rtol=1e-5)
-        assert (out - diffusion.ask(tiny_sd, latents, t, text)).abs().max() <= 1e-6 * out.abs().max()
+        means, counts = recorder.means(), recorder.layers
+        side_weight = {side: counts[side] * (resolutions or {8: 1, 4: 1})[side] for side in means}
+        found = sum(weight / sum(side_weight.values()) * means[side] for side, weight in side_weight.items())
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        assert (out - recipes.ask(tiny_sd, latents, t, text)).abs().max() <= 1e-6 * out.abs().max()
 
 
 def test_recording_restores_after_an_error_and_refuses_to_nest(tiny_sd):
     weights = torch.zeros(1, LENGTH, 1)
     before = tiny_sd.unet.attn_processors
     with pytest.raises(RuntimeError, match="already being recorded"):
-        with recording(tiny_sd.unet, weights):
-            with recording(tiny_sd.unet, weights):
-                pass
+        with recording(tiny_sd.unet, Recorder(weights, [8])), recording(tiny_sd.unet, Recorder(weights, [8])):
+            pass
     assert tiny_sd.unet.attn_processors == before
-    with recording(tiny_sd.unet, weights) as recorder:
-        pass
     with pytest.raises(RuntimeError, match="inside `with recording"):
-        recorder.mean()
+        Recorder(weights, [8]).means()
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------
@@ -165,10 +155,10 @@ def test_word_maps_are_the_mean_of_the_words_tokens(tiny_sd, pixels):
     tokenizer = tiny_sd.tokenizer
     ids = tokenizer(TEXTS[0]["answer"], padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
     latents = tiny_sd.vae.encode(pixels[:1]).latent_dist.mode() * 0.18215
-    eps = diffusion.seeded_noise("4 x", (1, 4, 8, 8))
+    eps = recipes.seeded_noise("4 x", (1, 4, 8, 8))
     kept = DDIMScheduler.from_config(tiny_sd.noise_schedule).alphas_cumprod[300]
     layers, _ = explicit_maps(
-        tiny_sd, kept.sqrt() * latents + (1 - kept).sqrt() * eps, torch.tensor(300), tiny_sd.text_encoder(ids)[0]
+        tiny_sd.unet, kept.sqrt() * latents + (1 - kept).sqrt() * eps, torch.tensor(300), tiny_sd.text_encoder(ids)[0]
     )
     tokens = layers.mean(0)[0]  # [l, g, g]
     assert [word.text for word in found.words] == TEXTS[0]["answer"].split()
@@ -177,12 +167,14 @@ def test_word_maps_are_the_mean_of_the_words_tokens(tiny_sd, pixels):
     (split,) = diffusion.word_maps(tiny_sd, pixels[:1], [{"answer": "red zebra"}], ["x"], "noise", settings)
     ids = tokenizer("red zebra", padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
     layers, _ = explicit_maps(
-        tiny_sd, kept.sqrt() * latents + (1 - kept).sqrt() * eps, torch.tensor(300), tiny_sd.text_encoder(ids)[0]
+        tiny_sd.unet, kept.sqrt() * latents + (1 - kept).sqrt() * eps, torch.tensor(300), tiny_sd.text_encoder(ids)[0]
     )
     torch.testing.assert_close(split.maps[1], layers.mean(0)[0, 2:7].mean(0), atol=1e-6, rtol=1e-5)  # z e b r a
 
 
-@pytest.mark.parametrize("recipe, settings", [("paper", {}), ("invert", {}), ("noise", NOISE)])
+@pytest.mark.parametrize(
+    "recipe, settings", [("paper", {}), ("invert", {}), ("noise", NOISE), ("null-text", {"steps": 3, "inner_steps": 2})]
+)
 def test_a_row_does_not_depend_on_its_batch(tiny_sd, pixels, recipe, settings):
     together = diffusion.word_maps(tiny_sd, pixels, TEXTS, IDS, recipe, settings)
     for i in range(3):
@@ -202,10 +194,10 @@ def test_folded_noise_equals_one_pass_after_another(tiny_sd, pixels):
     def at(t, place):  # the draw that this time step gets in the folded pass
         latents = tiny_sd.vae.encode(pixels[:1]).latent_dist.mode() * 0.18215
         kept = DDIMScheduler.from_config(tiny_sd.noise_schedule).alphas_cumprod[t]
-        eps = diffusion.seeded_noise("0 one", (2, 4, 8, 8))[place : place + 1]
+        eps = recipes.seeded_noise("0 one", (2, 4, 8, 8))[place : place + 1]
         ids = tiny_sd.tokenizer(TEXTS[0]["answer"], padding="max_length", max_length=LENGTH, return_tensors="pt")
         text = tiny_sd.text_encoder(ids.input_ids)[0]
-        layers, _ = explicit_maps(tiny_sd, kept.sqrt() * latents + (1 - kept).sqrt() * eps, torch.tensor(t), text)
+        layers, _ = explicit_maps(tiny_sd.unet, kept.sqrt() * latents + (1 - kept).sqrt() * eps, torch.tensor(t), text)
         return layers.mean(0)[0, 1:8]
 
     with torch.no_grad():
@@ -214,14 +206,14 @@ def test_folded_noise_equals_one_pass_after_another(tiny_sd, pixels):
 
 def asked(sd, monkeypatch):
     """Notes the time step of every pass and whether it was recorded."""
-    passes, plain = [], diffusion.ask
+    passes, plain = [], recipes.ask
 
     def noted(sd, latents, t, text):
         recorded = any(isinstance(p, RecordingProcessor) for p in sd.unet.attn_processors.values())
-        passes.append((int(t), recorded))
+        passes.append((t.tolist(), recorded))
         return plain(sd, latents, t, text)
 
-    monkeypatch.setattr(diffusion, "ask", noted)
+    monkeypatch.setattr(recipes, "ask", noted)
     return passes
 
 
@@ -248,8 +240,7 @@ def ideal_unet(sd, monkeypatch, start, kind):
         kept = schedule.alphas_cumprod[t]
         return eps if kind == "epsilon" else (eps - (1 - kept).sqrt() * latents) / kept.sqrt()
 
-    monkeypatch.setattr(diffusion, "ask", answer)
-    monkeypatch.setattr(Recorder, "mean", lambda self: torch.zeros(1, 1, 32, 32))
+    monkeypatch.setattr(recipes, "ask", answer)
     return schedule, eps, trail
 
 
@@ -258,7 +249,9 @@ def test_denoising_retraces_the_path_for_either_kind_of_prediction(tiny_sd, pixe
     sd = tiny_sd._replace(noise_schedule={**tiny_sd.noise_schedule, "prediction_type": kind})
     start = sd.vae.encode(pixels[:1]).latent_dist.mode().detach() * 0.18215
     schedule, eps, trail = ideal_unet(sd, monkeypatch, start, kind)
-    diffusion.paper(sd, start, None, torch.zeros(1, LENGTH, 1), ["x"], None, inversion_steps=5, denoising_steps=10)
+    recipes.paper(
+        sd, start, None, Recorder(torch.zeros(1, LENGTH, 1), [8]), ["x"], inversion_steps=5, denoising_steps=10
+    )
     # The true path starts from latents that are clean but for the first noise level (set_alpha_to_one is False).
     clean = (start - (1 - schedule.alphas_cumprod[0]).sqrt() * eps) / schedule.alphas_cumprod[0].sqrt()
     for t, latents in trail[5:]:
@@ -273,9 +266,195 @@ def test_the_prediction_type_of_the_pipeline_is_honoured(tmp_path, tiny_sd, pixe
     assert (maps[0] - maps[1]).abs().max() > 1e-5  # same weights, other meaning
 
 
+def null_text_by_hand(sd, latents, text, null, *, steps, inner_steps, guidance):
+    """One picture, as the authors' notebook has it, on the time steps of ours: [l, g, g]."""
+    kept = DDIMScheduler.from_config(sd.noise_schedule).alphas_cumprod
+    times = [1000 * i // steps - 1 for i in range(steps, 0, -1)]
+
+    def noise_of(x, t, text):
+        out = sd.unet(x, t, text).sample
+        is_velocity = sd.noise_schedule["prediction_type"] == "v_prediction"
+        return kept[t] ** 0.5 * out + (1 - kept[t]) ** 0.5 * x if is_velocity else out
+
+    def move(x, eps, start, stop):
+        start, stop = (kept[max(t, 0)] for t in (start, stop))
+        return stop**0.5 * (x - (1 - start) ** 0.5 * eps) / start**0.5 + (1 - stop) ** 0.5 * eps
+
+    path, maps = [latents], []
+    with torch.no_grad():
+        for t in reversed(times):
+            path.append(move(path[-1], noise_of(path[-1], t, text), t - 1000 // steps, t))
+    now = path[-1]
+    for i, t in enumerate(times):
+        with torch.no_grad():
+            maps.append(explicit_maps(sd.unet, now, torch.tensor(t), text)[0].mean(0)[0])
+            conditional = noise_of(now, t, text)
+        null = null.clone().detach().requires_grad_()
+        adam = torch.optim.Adam([null], lr=1e-2 * (1.0 - i / 100.0))
+        for _ in range(inner_steps):
+            eps = noise_of(now, t, null)
+            before = move(now, eps + guidance * (conditional - eps), t, t - 1000 // steps)
+            loss = torch.nn.functional.mse_loss(before, path[steps - i - 1])
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            assert loss.item() > 1e-4  # so these random weights see no early stop, which is tested on its own below
+        with torch.no_grad():
+            eps = noise_of(now, t, null)
+            now = move(now, eps + guidance * (conditional - eps), t, t - 1000 // steps)
+    return torch.stack(maps).mean(0)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_null_text_equals_the_authors_steps_taken_one_picture_at_a_time(tiny_sd, pixels, kind):
+    settings = {"steps": 4, "inner_steps": 3, "guidance": 7.5}
+    sd = tiny_sd._replace(noise_schedule={**tiny_sd.noise_schedule, "prediction_type": kind})
+    texts = [TEXTS[0], TEXTS[2]]
+    found = diffusion.word_maps(sd, pixels[:2], texts, IDS[:2], "null-text", settings)
+    without = diffusion.word_maps(sd, pixels[:2], texts, IDS[:2], "null-text", {**settings, "inner_steps": 0})
+    for i in range(2):
+        said, empty = (
+            sd.tokenizer(text, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
+            for text in (texts[i]["answer"], "")
+        )
+        latents = sd.vae.encode(pixels[i : i + 1]).latent_dist.mode() * 0.18215
+        maps = null_text_by_hand(sd, latents, sd.text_encoder(said)[0], sd.text_encoder(empty)[0], **settings)
+        words = len(found[i].words)  # of one token each
+        torch.testing.assert_close(found[i].maps, maps[1 : 1 + words], atol=2e-5, rtol=1e-3)
+        assert (without[i].maps - found[i].maps).abs().max() > 1e-4  # the inner steps do something
+    assert all(p.grad is None for part in (sd.unet, sd.text_encoder, sd.vae) for p in part.parameters())
+
+
+def test_rows_stop_training_their_empty_text_one_by_one():
+    """As the authors' loop, which trains one: the step that finds the loss small enough is still taken."""
+    draw = torch.Generator().manual_seed(0)
+    null = torch.randn(4, 2, 3, generator=draw)
+
+    def step(null):
+        return rearrange(1.5 * null, "r l c -> r 1 l c")
+
+    goal = step(null) + torch.tensor([1e-4, 0.02, 0.035, 1.0])[:, None, None, None]  # Adam moves by 0.015 a step
+
+    found, taken = recipes.trained(null, step, goal, 5, lr=0.01, enough=1e-4), []
+    for i in range(4):
+        alone = null[i : i + 1].clone().requires_grad_()
+        adam = torch.optim.Adam([alone], lr=0.01)
+        for j in range(5):  # noqa: B007 (used after the loop)
+            loss = torch.nn.functional.mse_loss(step(alone), goal[i : i + 1])
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            if loss.item() < 1e-4:
+                break
+        taken.append(j + 1)
+        torch.testing.assert_close(found[i : i + 1], alone.detach())
+    assert taken == [1, 2, 3, 5]
+
+
+def test_the_announced_passes_are_the_passes_made(tiny_sd, pixels, monkeypatch):
+    passes = asked(tiny_sd, monkeypatch)
+    to_the_end = recipes.trained
+    monkeypatch.setattr(recipes, "trained", lambda *args, lr, enough: to_the_end(*args, lr=lr, enough=0.0))
+    for name, how in recipes.RECIPES.items():
+        passes.clear()
+        diffusion.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], name)
+        backward = 9 * 5 if name == "null-text" else 0
+        folded = 3 if name == "noise" else 1
+        assert len(passes) * folded + backward == how.passes(how.settings), name
+    assert passes == [([51, 151, 301], True)]  # of noise, the last one: all time steps in one pass
+
+
+# ---- from what was recorded to maps ---------------------------------------------------------------------------------
+
+
+def test_one_recording_read_in_several_ways(tiny_sd, pixels):
+    """Reading some layers of what was recorded from all equals recording these layers alone."""
+    recorded = diffusion.record(tiny_sd, pixels, TEXTS, IDS, "noise", NOISE)
+    assert set(recorded.maps) == {8, 4} and recorded.layers[4] == 4 and recorded.layers[8] == 3
+    for resolutions in (None, {8: 1.0}, {8: 1.0, 4: 0.5}):
+        alone = diffusion.word_maps(tiny_sd, pixels, TEXTS, IDS, "noise", NOISE, resolutions)
+        for a, b in zip(diffusion.read(recorded, resolutions), alone, strict=True):
+            assert a.words == b.words and a.sos == pytest.approx(b.sos, rel=1e-5)
+            torch.testing.assert_close(a.maps, b.maps, atol=1e-7, rtol=1e-5)
+
+
+def test_content_norm_shares_every_pixel_among_the_tokens_of_the_words(tiny_sd, pixels):
+    plain, shared = (
+        diffusion.word_maps(tiny_sd, pixels, TEXTS, IDS, "noise", NOISE, content_norm=on) for on in (False, True)
+    )
+    tokens = [[1] * 7, [2, 1, 9, 1, 1, 1, 1, 9, 3], [1]]  # "turquoise" falls to letters
+    for was, now, n in zip(plain, shared, tokens, strict=True):
+        assert [word.text for word in was.words] == [word.text for word in now.words] and len(n) == len(now.words)
+        there = einsum(was.maps, torch.tensor(n).float(), "w y x, w -> y x")
+        torch.testing.assert_close(now.maps * there, was.maps)
+        assert was.sos == now.sos
+    assert (shared[2].maps == 1).all()  # a single word gets it all
+    assert (shared[0].maps.sum(0) - 1).abs().max() < 1e-5
+
+
+def test_no_pass_has_more_rows_than_there_are_pictures(tiny_sd, pixels, monkeypatch):
+    rows, plain = [], recipes.ask
+    monkeypatch.setattr(recipes, "ask", lambda sd, x, t, text: rows.append(len(x)) or plain(sd, x, t, text))
+    long = {"question": "Is the turquoise cat with the turquoise dog?", "answer": "turquoise " * 4}
+    (alone,) = diffusion.word_maps(tiny_sd, pixels[:1], [long], ["x"], "invert", {"inversion_steps": 2})
+    assert len(rows) > 4 and set(rows) == {1}
+    together = diffusion.word_maps(tiny_sd, pixels[:2], [long] * 2, ["x", "y"], "invert", {"inversion_steps": 2})
+    assert set(rows) == {1, 2}
+    torch.testing.assert_close(together[0].maps, alone.maps, atol=2e-5, rtol=1e-3)
+
+
+def test_time_is_told_by_phase(tiny_sd, pixels):
+    times = Counter()
+    diffusion.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], "noise", NOISE, times=times)
+    assert set(times) == {"text", "VAE", "UNet", "reading"} and min(times.values()) > 0
+
+
 def test_unknown_resolutions_are_refused(tiny_sd, pixels):
     with pytest.raises(ValueError, match=r"attends to text at \[8, 4\]; got \[16\]"):
         diffusion.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], resolutions={16: 1.0})
+
+
+# ---- numbers, memory, speed -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe, settings", [("noise", NOISE), ("null-text", {"steps": 3, "inner_steps": 2})])
+def test_half_precision_keeps_the_maps(tmp_path, tiny_sd, pixels, recipe, settings):
+    folder = build_tiny_sd(tmp_path)
+    exact = diffusion.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], recipe, settings)[0].maps
+    for dtype, error in (("bf16", 0.1), ("fp32", 1e-6)):
+        sd = diffusion.load(str(folder), dtype=dtype)
+        assert {part.dtype for part in (sd.unet, sd.vae, sd.text_encoder)} == {stable_diffusion.DTYPES[dtype]}
+        maps = diffusion.word_maps(sd, pixels[:1], TEXTS[:1], IDS[:1], recipe, settings)[0].maps
+        assert maps.dtype == torch.float32 and (maps - exact).abs().max() <= error * exact.max()
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_is_one_graph_and_gives_the_same_maps(tmp_path, tiny_sd, pixels):
+    """The graph is taken as it would be for a GPU, and run as it is ("eager": no code is generated)."""
+    sd = diffusion.load(str(build_tiny_sd(tmp_path)))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    sd.unet.compile(backend="eager")
+    for ids in (["one"], ["another"]):  # another noise
+        (found,) = diffusion.word_maps(sd, pixels[:1], TEXTS[:1], ids, "noise", NOISE)
+        (expected,) = diffusion.word_maps(tiny_sd, pixels[:1], TEXTS[:1], ids, "noise", NOISE)
+        torch.testing.assert_close(found.maps, expected.maps, atol=2e-5, rtol=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_the_batch_that_fits():
+    tried = []
+
+    def trial(pictures):
+        tried.append(pictures)
+        if pictures > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    assert (
+        stable_diffusion.fitting_batch(trial) == int(0.9 * tried[-1]) >= 15 and tried[0] == 64 and 18 <= tried[-1] <= 20
+    )
 
 
 # ---- loading and framing --------------------------------------------------------------------------------------------
@@ -309,7 +488,7 @@ def test_no_network_is_found_out_at_once(monkeypatch):
     def unreachable(self, name):
         raise RuntimeError("[Errno -2] Name or service not known")  # as the HTTP library: no OSError
 
-    monkeypatch.setattr(diffusion.HfApi, "auth_check", unreachable)
+    monkeypatch.setattr(stable_diffusion.HfApi, "auth_check", unreachable)
     with pytest.raises(
         OSError, match=r"no-such-model: huggingface.co says: \[Errno -2\] Name or service not known. To"
     ):

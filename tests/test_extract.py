@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -68,11 +70,16 @@ def unbroken(world, tmp_path_factory):
 def test_what_is_stored_and_said(world, tmp_path, capsys):
     assert extract.main(command(world, tmp_path / "maps", "--recipe", "noise", "--resolutions", "8:1,4:0.5")) == 0
     out, err = capsys.readouterr()
-    assert "41 pictures of folder" in out and "recipe noise: 3 UNet passes a picture, 123 in all" in out
+    assert "41 pictures of folder, 0 done already; the rest has 267 words" in out
+    assert "recipe noise: 3 UNet passes a picture, 123 in all, 8 pictures at once in float32" in out
+    assert "about 1 MB more; " in out and " MB are free\n" in out and "expected time on 1 x cpu: about 1 min" in out
     assert "39 pictures stored" in out and "2 skipped" in out and "nats" in out
-    assert "about 1 MB" in out and "expected time on 1 x cpu: about 1 min" in out
+    spent = re.search(r"^time: (.*)$", out, re.MULTILINE)[1]
+    phases = {part.strip() for part in re.findall(r"([A-Za-z ]+) \d+%", spent)}
+    assert phases == {"UNet", "VAE", "text", "waiting for pictures", "reading", "storing"}
+    assert 98 <= sum(int(share) for share in re.findall(r"(\d+)%", spent)) <= 102
+    assert re.search(r"skipped=2, words=6\.5", err)  # the bar
     assert "skipped p7: UnidentifiedImageError" in out and "skipped p30: FileNotFoundError" in out
-    assert "pictures/s" in err or " pictures" in err  # the bar
     listed = (tmp_path / "maps" / "skipped-r000.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in listed] == ["p7", "p30"]
     store = MapStore(tmp_path / "maps")
@@ -94,7 +101,7 @@ def test_going_on_gives_the_same_rows(world, unbroken, tmp_path, capsys):
         torch.testing.assert_close(row.maps, unbroken[id].maps, atol=2e-5, rtol=4e-3)
     capsys.readouterr()
     assert extract.main(command(world, maps, "--batch_size", "4")) == 0  # nothing left but the broken ones
-    assert "39 pictures are done already" in capsys.readouterr().out
+    assert "39 done already" in capsys.readouterr().out
     assert_same(rows(maps), found)
 
 
@@ -115,15 +122,93 @@ def test_sigkill_in_the_middle(world, unbroken, tmp_path):
     assert_same(rows(maps), unbroken)
 
 
+AS_ONE_OF = """
+import runpy, sys, types, accelerate, torch
+rank, processes = int(sys.argv[1]), int(sys.argv[2])
+state = types.SimpleNamespace(process_index=rank, num_processes=processes, device=torch.device("cpu"))
+state.is_main_process = state.is_local_main_process = rank == 0
+accelerate.PartialState = lambda cpu: state
+sys.argv[:3] = ["extract.py"]
+runpy.run_path("extract.py", run_name="__main__")
+"""  # one of several processes, as `accelerate launch` would start it, but with no other to wait for
+
+
+def as_one_of(monkeypatch, rank, processes, arguments):
+    """The same in this process."""
+    state = SimpleNamespace(process_index=rank, num_processes=processes, device=torch.device("cpu"))
+    state.is_main_process = state.is_local_main_process = rank == 0
+    monkeypatch.setattr(extract, "PartialState", lambda cpu: state)
+    return extract.main(arguments)
+
+
 def test_processes_share_the_work(world, unbroken, tmp_path, monkeypatch):
-    """As under `accelerate launch`: each process its own batches and shards, in one folder."""
+    """Each process its own batches and shards, in one folder; none waits for another."""
     for rank in (1, 0):
-        state = SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"))
-        state.is_main_process = state.is_local_main_process = rank == 0
-        monkeypatch.setattr(extract, "PartialState", lambda cpu, state=state: state)
-        assert extract.main(command(world, tmp_path / "maps", "--batch_size", "4")) == 0
+        assert as_one_of(monkeypatch, rank, 2, command(world, tmp_path / "maps", "--batch_size", "4")) == 0
     assert_same(rows(tmp_path / "maps"), unbroken)
     assert {shard.name[:9] for shard in (tmp_path / "maps").glob("maps-*")} == {"maps-r000", "maps-r001"}
+
+
+def test_a_dead_processs_share_is_taken_up(world, unbroken, tmp_path, monkeypatch):
+    """Of two processes one is killed in the middle and the other finishes; one process, or three, do what is left."""
+    arguments = command(world, tmp_path / "maps", "--batch_size", "4", "--shard_size", "3")
+    child = subprocess.Popen(
+        [sys.executable, "-c", AS_ONE_OF, "1", "2", *arguments],
+        **{"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}},
+        **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL},
+    )
+    deadline = time.time() + 120
+    while not list((tmp_path / "maps").glob("maps-r001-*")) and child.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert as_one_of(monkeypatch, 0, 2, arguments) == 0
+    assert 20 < len(MapStore(tmp_path / "maps")) < 39
+    for processes in (1, 3):
+        maps = shutil.copytree(tmp_path / "maps", tmp_path / f"by {processes}")
+        for rank in reversed(range(processes)):
+            arguments[arguments.index("--maps") + 1] = str(maps)
+            assert as_one_of(monkeypatch, rank, processes, arguments) == 0
+        tables = [pq.read_table(shard, columns=["id"]) for shard in maps.glob("maps-*.parquet")]
+        assert sum(map(len, tables)) == 39  # nothing twice
+        assert_same(rows(maps), unbroken)
+
+
+def test_auto_goes_on_with_the_batches_the_store_was_begun_with(world, tmp_path, capsys):
+    base, maps = command(world, tmp_path / "maps", "--recipe", "noise", "--batch_size"), tmp_path / "maps"
+    assert extract.main([*base, "5", "--limit", "7"]) == 0
+    assert MapStore(maps).recipe["made_with"]["batch_size"] == 5
+    capsys.readouterr()
+    assert extract.main([*base, "auto"]) == 0
+    assert "7 done already" in (out := capsys.readouterr().out) and "5 pictures at once" in out
+    assert extract.main(command(world, tmp_path / "whole", "--recipe", "noise", "--batch_size", "5")) == 0
+    assert_same(rows(maps), rows(tmp_path / "whole"))
+    assert extract.main(command(world, tmp_path / "new", "--limit", "1", "--batch_size", "auto")) == 0
+    assert "8 pictures at once" in capsys.readouterr().out  # where there is no GPU
+
+
+def test_the_heaviest_batch_is_one_full_window_a_picture(world, monkeypatch):
+    sd, seen, plain = extract.diffusion.load(str(world / "sd")), [], extract.diffusion.Recorder
+    monkeypatch.setattr(extract.diffusion, "Recorder", lambda *args: seen.append(args[0].shape) or plain(*args))
+    extract.heaviest_batch(sd, {"recipe": "noise", "settings": {"timesteps": [9]}}, 2)
+    length = sd.tokenizer.model_max_length
+    assert seen == [(2, length, length - 1)]  # its words, and SOS
+
+
+def test_content_norm_and_number_format_are_written_down(world, tmp_path, capsys):
+    base = command(world, tmp_path / "maps", "--recipe", "noise", "--limit", "3", "--dtype", "bf16")
+    assert extract.main([*base, "--content_norm"]) == 0
+    assert "8 pictures at once in bfloat16" in capsys.readouterr().out
+    store = MapStore(tmp_path / "maps")
+    assert store.recipe["content_norm"] is True and store.recipe["made_with"]["dtype"] == "bfloat16"
+    assert max(float(store[id].maps.max()) for id in store.ids) > 0.2  # a word's share of the words, not of all tokens
+    assert "content_norm: True there, False now" in refused(capsys, *base)
+
+
+def test_a_disk_too_small_is_said_before_the_first_pass(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(extract.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert extract.main(command(world, tmp_path / "maps", "--recipe", "noise", "--limit", "3")) == 0
+    assert "0 MB are free: too little; the run will stop when they are used up" in capsys.readouterr().out
 
 
 def refused(capsys, *arguments):

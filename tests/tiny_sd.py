@@ -1,9 +1,12 @@
-"""A tiny Stable Diffusion with random weights, in an ordinary pipeline folder: what stage 1's tests run on."""
+"""A tiny Stable Diffusion with random weights, in an ordinary pipeline folder, and its maps by an explicit softmax."""
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from einops import rearrange
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lavender_min.geometry import resize_map
 
 LENGTH = 20  # tokens a window, 77 in v1.4
 WHOLE = ["a", "red", "dog", "on", "the", "grass", "runs", "cat", "with"]  # words of one token; others fall to letters
@@ -38,13 +41,37 @@ def build_tiny_sd(folder, prediction_type="epsilon"):
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), block_out_channels=(16, 32), layers_per_block=1,
         cross_attention_dim=16, attention_head_dim=2, norm_num_groups=8,
     )  # fmt: skip
-    with torch.no_grad():  # random weights attend almost evenly: sharpen them, so that maps differ
-        for name, parameter in unet.named_parameters():
-            if "attn2.to_q" in name or "attn2.to_k" in name:
-                parameter.mul_(4)
+    sharpen(unet)
     unet.save_pretrained(folder / "unet")
     PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
         prediction_type=prediction_type,
     ).save_pretrained(folder / "scheduler")  # fmt: skip
     return folder
+
+
+@torch.no_grad()
+def sharpen(unet):
+    """Random weights attend almost evenly: make their maps differ."""
+    for name, parameter in unet.named_parameters():
+        if "attn2.to_q" in name or "attn2.to_k" in name:
+            parameter.mul_(4)
+
+
+def explicit_maps(unet, latents, t, text, g=32):
+    """[layers, r, l, g, g]: every cross-attention's softmax, from the inputs of its projections; and the UNet's output."""
+    found, handles = [], []
+
+    def hook(attn, args, kwargs):
+        query = rearrange(attn.to_q(args[0]), "r q (h d) -> r h q d", h=attn.heads)
+        key = rearrange(attn.to_k(kwargs["encoder_hidden_states"]), "r l (h d) -> r h l d", h=attn.heads)
+        a = ((query @ key.mT) * query.shape[-1] ** -0.5).softmax(-1).mean(1)
+        found.append(resize_map(rearrange(a, "r (y x) l -> r l y x", y=int(a.shape[1] ** 0.5)), g))
+
+    for name, module in unet.named_modules():
+        if name.endswith("attn2"):
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    out = unet(latents, t, text).sample
+    for handle in handles:
+        handle.remove()
+    return torch.stack(found), out

@@ -1,0 +1,132 @@
+"""What recording costs on Stable Diffusion v1.4's UNet, full size, beside the ways of two public projects.
+
+Random weights, one picture of 512 px, fp32, CPU: about 5 GB and some minutes. CPU time of the process, not time on the
+wall, in passes that take turns, so that what else the machine does weighs on all alike.
+"""
+
+import math
+import statistics
+import time
+from collections import defaultdict
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from einops import einsum, rearrange
+from tiny_sd import explicit_maps, sharpen
+
+from lavender_min.recording import Recorder, recording
+
+TURNS = 4
+
+
+class Daam:
+    """castorini/daam, daam/trace.py, UNetCrossAttentionHooker: every head's map of every token, added up over passes.
+
+    Not taken over: dropping the unconditional half of the batch, as only the conditional one is run here.
+    """
+
+    def __init__(self, layer, heat_maps):
+        self.layer, self.heat_maps = layer, heat_maps
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        query, key, value = (
+            attn.head_to_batch_dim(x)
+            for x in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
+        )
+        probabilities = attn.get_attention_scores(query, key, attention_mask)
+        side = math.isqrt(probabilities.shape[1])
+        if side != 8:  # "skip if too large": factor 8 of 64
+            maps = [m.view(m.shape[0], side, side) for m in probabilities.permute(2, 0, 1).float()]
+            for head, heat_map in enumerate(torch.stack(maps, 0).permute(1, 0, 2, 3).contiguous()):
+                self.heat_maps[side, self.layer, head] = self.heat_maps[side, self.layer, head] + heat_map
+        return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, value))))
+
+
+class AttentionMapDiffusers:
+    """wooyeolbaek/attention-map-diffusers, attention_map_diffusers/modules.py, attn_call2_0 and its hook in utils.py:
+    attention in plain operations, and the map of every layer, head and token kept, for every time step."""
+
+    def __init__(self, layer, attn_maps):
+        self.layer, self.attn_maps = layer, attn_maps
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        query, key, value = (
+            rearrange(x, "b l (h d) -> b h l d", h=attn.heads)
+            for x in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
+        )
+        weight = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]))
+        weight += torch.zeros(query.shape[-2], key.shape[-2], dtype=query.dtype)  # its attn_bias, empty without a mask
+        weight = torch.softmax(weight, dim=-1)
+        out = torch.dropout(weight, 0.0, train=True) @ value
+        side = math.isqrt(query.shape[-2])
+        self.attn_maps[self.layer] = rearrange(weight, "b h (y x) l -> b h y x l", y=side).cpu()
+        return attn.to_out[1](attn.to_out[0](rearrange(out, "b h q d -> b q (h d)")))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_recording_a_pass_of_the_full_size_unet_costs_at_most_a_twentieth():
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the rest of the defaults are v1.4's
+    unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    sharpen(unet)
+    latents, t, text = torch.randn(1, 4, 64, 64), torch.tensor(500), torch.randn(1, 77, 768)
+    weights = torch.zeros(1, 77, 13)  # a caption of twelve words, and SOS
+    weights[0, range(13), range(13)] = 1
+    layers = {layer: (name, layer.processor) for name, layer in unet.named_modules() if name.endswith("attn2")}
+    kept, outs, seconds = {}, {}, defaultdict(list)
+
+    def ours():
+        kept["ours"] = Recorder(weights, [64, 32, 16, 8])
+        with recording(unet, kept["ours"]):
+            return unet(latents, t, text).sample
+
+    def theirs(name, kind):
+        def run():
+            kept[name] = defaultdict(float)
+            for layer, (place, _) in layers.items():
+                layer.set_processor(kind(place, kept[name]))
+            out = unet(latents, t, text).sample
+            for layer, (_, original) in layers.items():
+                layer.set_processor(original)
+            return out
+
+        return run
+
+    ways = {
+        "no recording": lambda: unet(latents, t, text).sample,
+        "ours": ours,
+        "DAAM": theirs("DAAM", Daam),
+        "attention-map-diffusers": theirs("attention-map-diffusers", AttentionMapDiffusers),
+    }
+    ours()  # warms up
+    for _ in range(TURNS):
+        for name, run in ways.items():
+            began = time.process_time()
+            outs[name] = run()
+            seconds[name].append(time.process_time() - began)
+
+    base = statistics.median(seconds["no recording"])
+    print(
+        f"\nStable Diffusion v1.4's UNet, 1 x 512 px, fp32, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    )
+    for name, times in seconds.items():
+        tensors = kept[name].sums.values() if name == "ours" else kept.get(name, {}).values()
+        mib = sum(x.numel() * x.element_size() for x in tensors) / 2**20
+        ratio = statistics.median(times) / base
+        print(
+            f"{name:24} {statistics.median(times):6.2f} s of CPU a pass ({min(times):.2f} to {max(times):.2f}), ",
+            end="",
+        )
+        print(f"{ratio:.3f} of plain; maps held {mib:6.1f} MiB")
+        assert (outs[name] - outs["no recording"]).abs().max() <= 1e-4 * outs["no recording"].abs().max(), name
+
+    explicit, _ = explicit_maps(unet, latents, t, text)
+    found, counts = kept["ours"].means(), kept["ours"].layers
+    assert counts == {64: 5, 32: 5, 16: 5, 8: 1} and len(explicit) == 16
+    mean = sum(counts[side] * found[side] for side in counts) / 16
+    expected = einsum(explicit.mean(0), weights, "r l y x, r l w -> r w y x")
+    assert (mean - expected).abs().max() <= 1e-5 * expected.max() and expected.std() > 1e-3 * expected.mean()
+    assert statistics.median(seconds["ours"]) <= 1.05 * base
