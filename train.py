@@ -83,7 +83,9 @@ class Training(TrainingArguments):
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "default: on a GPU"})
     learning_rate: float = 1e-4
     per_device_train_batch_size: int | None = field(default=None, metadata={"help": "default: 1, four times a step"})
-    gradient_accumulation_steps: int | None = field(default=None, metadata={"help": "default: 1, if a batch size is given"})
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "default: 1, if a batch size is given"}
+    )
     logging_steps: float = 10
     save_total_limit: int | None = 2
     report_to: str = "none"
@@ -114,10 +116,11 @@ def settle(args: Arguments, training_args: Training) -> runs.ModelFlags:
         training_args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         training_args.fp16 = not training_args.bf16
     training_args.bf16, training_args.fp16 = bool(training_args.bf16), bool(training_args.fp16)
-    name = "activation_checkpointing"  # in newer versions of transformers
+    asked = training_args.gradient_checkpointing
+    name = "activation_checkpointing"  # what newer versions of transformers call it
     name = name if hasattr(training_args, name) else "gradient_checkpointing"
-    if training_args.gradient_checkpointing is None and getattr(training_args, name) is None:
-        setattr(training_args, name, on_gpu)
+    if getattr(training_args, name) is None:
+        setattr(training_args, name, on_gpu if asked is None else asked)
     TrainingArguments.__post_init__(training_args)
     known = {f.name for f in fields(runs.ModelFlags)}
     return runs.ModelFlags(mode=modes[0], **{k: v for k, v in vars(args).items() if k in known})

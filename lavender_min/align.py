@@ -104,11 +104,11 @@ class Aligner(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, maps: Float[Tensor, "m heads g g"]) -> Float[Tensor, "m width g g"]:
-        return self.body(maps)
+        return self.body(maps.to(self.weight.dtype))  # float32, unless DeepSpeed has turned the whole model to bfloat16
 
     def predict(self, maps: Float[Tensor, "m heads g g"]) -> Float[Tensor, "m g g"]:
         """The map itself, before normalisation: for pictures and measures."""
-        return torch.einsum("mcyx,c->myx", self.body(maps), self.weight) + self.bias
+        return torch.einsum("mcyx,c->myx", self(maps), self.weight) + self.bias
 
 
 class Align(nn.Module):
@@ -134,8 +134,7 @@ class Align(nn.Module):
 
     def loss(self, maps: Float[Tensor, "m h g g"], target: Float[Tensor, "m g g"], valid) -> Float[Tensor, ""]:
         """Squared error of the min–max normalised maps, mean over valid words and cells (Eq. 17)."""
-        weight, bias = self.aligner.weight, self.aligner.bias[0]
-        return ops.aligner_mse(self.aligner(maps), weight, bias, target, valid=valid)
+        return ops.aligner_mse(self.aligner(maps), self.aligner.weight, self.aligner.bias, target, valid=valid)
 
 
 def without_autocast(maps: Tensor):

@@ -255,6 +255,22 @@ def test_bf16_follows_the_trainers_flag(vlm_folder, rows, tmp_path):
         assert b["loss_att"] == pytest.approx(a["loss_att"], rel=0.2)
 
 
+def test_a_model_turned_to_bf16_whole_still_trains(batch):
+    """DeepSpeed does that to weights and batches alike, without autocast."""
+    model, _, made = batch
+    expected = model(**made)
+
+    def half(tensor):
+        return tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+    made = {name: [half(t) for t in v] if isinstance(v, list) else half(v) for name, v in made.items()}
+    out = model.bfloat16()(**made)
+    for name in ("loss_vlm", "loss_att"):
+        torch.testing.assert_close(out[name].float(), expected[name], rtol=0.05, atol=0)
+    out["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 def test_the_8_bit_optimiser_tunes_a_4_bit_host_on_the_cpu_too(vlm_folder, rows, tmp_path):
     """bitsandbytes keeps it in plain memory there."""
     flags = {"mode": "qlora", "lora_r": 32}  # states of fewer than 4,096 numbers would stay in 32 bits

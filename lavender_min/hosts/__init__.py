@@ -41,7 +41,8 @@ class Sink:
         self.parallel_maps: dict[int, Tensor] = {}
 
     def read(self, kept: dict[int, Tensor], layer: int, query, key, tokens, mask, scale) -> None:
-        maps = ops.word_attention(query, key, tokens, self.layout, attn_mask=mask, scale=scale)
+        with torch.autocast(query.device.type, enabled=False):  # it would round the plain PyTorch op's scores
+            maps = ops.word_attention(query, key, tokens, self.layout, attn_mask=mask, scale=scale)
         kept.setdefault(layer, maps)
 
 
