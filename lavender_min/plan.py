@@ -302,14 +302,15 @@ def describe(flags: runs.ModelFlags, args: Any, tokens: int = 512) -> str:
         lavender.gradient_checkpointing_enable()
     b, answer = args.per_device_train_batch_size, max(1, tokens // 4)
     batch = make_batch(lavender.host.config, b, tokens, answer)
-    plan = simulate(lavender, batch, b * answer, str(args.optim), half)
+    optim = str(getattr(args.optim, "value", args.optim))
+    plan = simulate(lavender, batch, b * answer, optim, half)
     tiles = lavender.host.config.vision_config.max_num_tiles
     totals = {phase: alive.total() / GIB for phase, alive in plan.peaks.items()}
     phase = max(totals, key=lambda phase: totals[phase])
     peak = totals.pop(phase)
     lines = [
         f"{flags.vlm}, {flags.mode}: {b} × {tokens} tokens ({answer} of the answer, each a word), {tiles} tiles, "
-        f"{'activations checkpointed' if checkpointed else 'all activations kept'}, {args.optim}",
+        f"{'activations checkpointed' if checkpointed else 'all activations kept'}, {optim}",
         "",
     ]
     for label, size in sorted(

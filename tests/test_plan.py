@@ -1,5 +1,7 @@
 """The planner against real steps: weights, optimiser and saved tensors to the byte, the peak against the allocator's events."""
 
+import types
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -123,3 +125,34 @@ def test_saved_tensors_and_peak(vlm_folder, store_folder, changes, rows, checkpo
     base += nbytes(x for v in batch.values() for x in (v if isinstance(v, list) else [v]))
     peak = max(alive.total() for alive in found.peaks.values()) - found.kept["optimiser state"] - base
     assert peak == pytest.approx(most, rel=0.03)
+
+
+# --------------------------------------------------------------------------------------------------------- the real one
+
+
+def test_the_command_the_project_promises_fits_a_small_card(capsys):
+    """Llama-3.2-11B-Vision in 4 bits, one text of 512 tokens, four tiles: at most 10 GiB (FACTS of the model beside it)."""
+    asked = flags(plan.LLAMA + "-Instruct", mode="qlora", lora_dropout=0.05)
+    args = types.SimpleNamespace(per_device_train_batch_size=1, gradient_checkpointing=True, optim="paged_adamw_8bit")
+    lines = plan.describe(asked, args).splitlines()
+    size = {line[:42].strip(): float(line[42:].split()[0]) for line in lines if line[50:].startswith(" GiB")}
+    peak = size.pop("peak, in the backward")
+    assert peak == pytest.approx(sum(size.values()), abs=0.01) and 7 < peak < 10
+    # 8.72 B text and 0.864 B vision weights of linear layers in NF4 (4 bits, 8 for 64 weights, 32 for 256 of those), the rest bf16
+    nf4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+    assert size["weights: text layers"] * 2**30 == pytest.approx(8.72e9 * nf4, rel=0.01)
+    assert size["weights: lm_head"] * 2**30 == pytest.approx(128256 * 4096 * 2, rel=1e-3)
+    assert size["adapters"] * 2**30 == pytest.approx(8 * 8 * (6 * 4096 + 2 * 1024) * 4, rel=0.1)
+    assert [line.split("fits")[0].strip() for line in lines if "fits" in line] == list(plan.CARDS)
+
+
+def test_llama_has_as_many_parameters_as_it_should():
+    vlm = plan.empty_host(flags(plan.LLAMA), torch.bfloat16)
+    assert sum(p.numel() for p in vlm.parameters()) == pytest.approx(10.67e9, rel=1e-3)
+    assert vlm.config.vision_config.image_size // vlm.config.vision_config.patch_size == 40
+
+
+def test_a_hub_id_whose_config_is_not_known_is_one_line():
+    with pytest.raises(ValueError, match="folders with a config.json; got --vlm some/model") as error:
+        plan.empty_host(flags("some/model"), torch.bfloat16)
+    assert "\n" not in str(error.value)
