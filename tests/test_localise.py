@@ -1,0 +1,52 @@
+"""The localisation table, on a tiny Stable Diffusion that knows nothing, against scores taken word by word."""
+
+import pytest
+import torch
+from tiny_sd import build_tiny_sd
+
+from lavender_min import diffusion, localise
+from lavender_min.geometry import MAP_SIDE
+from lavender_min.measure import WORD_KINDS
+from lavender_min.toy import data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(build_tiny_sd(tmp_path_factory.mktemp("sd")))
+
+
+def test_scores_equal_those_taken_word_by_word(folder):
+    sd, examples = diffusion.load(folder), [data.example(f"tune-{i:05d}-caption") for i in range(3)]
+    readings = [(None, False), (8, True)]
+    scores, seconds = localise.localise(sd, examples, "noise", {"timesteps": [300]}, readings, batch=2)
+    assert seconds > 0 and set(scores) == set(readings)
+    for side, content_norm in readings:
+        hits = {kind: [] for kind in WORD_KINDS}
+        for example in examples:
+            (found,) = diffusion.word_maps(
+                sd, diffusion.frame_image(example.image(), sd.side)[None], [example.fields], [example.id], "noise",
+                {"timesteps": [300]}, side and {side: 1.0}, content_norm,
+            )  # fmt: skip
+            masks = data.word_masks(example.id, MAP_SIDE)
+            for word, map in zip(found.words, found.maps, strict=True):
+                for kind, texts in WORD_KINDS.items():
+                    if word.text in texts and word[1:] in masks:
+                        mask = torch.from_numpy(masks[word[1:]])
+                        hit = mask.flatten()[map.argmax()].float()
+                        hits[kind].append([hit, map[mask].sum() / map.sum(), mask.float().mean()])
+        for kind, each in hits.items():
+            assert torch.tensor(scores[side, content_norm][kind]) == pytest.approx(torch.tensor(each).mean(0), rel=1e-3)
+
+
+def test_the_table_has_a_row_for_every_recipe_and_resolution(folder, monkeypatch):
+    asked = {"invert": ("invert", {"inversion_steps": 1}), "noise": ("noise", {"timesteps": [9]})}
+    monkeypatch.setattr(localise, "ASKED", asked)
+    text, best = localise.table(2, folder, "tune")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    names = [(name, layers) for name in asked for layers in ("all", "8²", "4²")]
+    assert [tuple(row[:2]) for row in rows[2:-1]] == [("chance", ""), *names]
+    points = {(row[0], row[1]): float(row[2]) for row in rows[3:-1]}  # for shapes
+    assert best == pytest.approx(max(points.values()), abs=1e-3)
+    assert rows[-1][1].endswith(", content norm") and points[rows[-1][0], rows[-1][1].split(",")[0]] == max(
+        points.values()
+    )
