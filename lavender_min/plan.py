@@ -187,8 +187,10 @@ def pack_nf4(vlm: Any, dtype: torch.dtype) -> None:
                 options: dict[str, Any] = {"compute_dtype": dtype, "quant_type": "nf4", "device": "meta"}
                 packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, **options)
                 packed.weight.data, packed.bias = linear.weight.data, linear.bias
-                packed.weight._quantize(torch.device("meta"))
+                weight: Any = packed.weight
+                weight._quantize(torch.device("meta"))
                 vlm.set_submodule(name, packed)
+    vlm.is_loaded_in_4bit = True  # PEFT goes by this
 
 
 def build(flags: runs.ModelFlags, dtype: torch.dtype) -> Lavender:
@@ -202,7 +204,7 @@ def make_batch(config: Any, b: int, tokens: int, answer: int) -> dict[str, Any]:
     """A batch of full texts and of pictures that fill all tiles; every token of the answer is labelled and a word of its own."""
     vision = config.vision_config
     tiles, side = vision.max_num_tiles, vision.image_size // vision.patch_size
-    long = {"dtype": torch.long, "device": "meta"}
+    long: dict[str, Any] = {"dtype": torch.long, "device": "meta"}
     ids, words = (torch.empty(b, n, **long) for n in (tokens, answer))
     return {
         "input_ids": ids,
@@ -320,8 +322,8 @@ def describe(flags: runs.ModelFlags, args: Any, tokens: int = 512) -> str:
             lines.append(f"{label:42}{size / GIB:8.3f} GiB")
     others = ", ".join(f"{total:.2f} in the {name}" for name, total in totals.items())
     lines += ["-" * 54, f"{f'peak, in the {phase}':42}{peak:8.3f} GiB   ({others})", ""]
-    for card, size in CARDS.items():
-        left = size - RESERVE - peak
+    for card, gib in CARDS.items():
+        left = gib - RESERVE - peak
         lines.append(
             f"{card:12}{'fits' if left >= 0 else 'does not fit'}, {abs(left):.1f} GiB {'left' if left >= 0 else 'short'}"
         )

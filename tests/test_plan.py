@@ -83,6 +83,7 @@ def test_optimizer_state(vlm_folder, name):
         ({"aggregate": "layer-mean", "aligner": "deep", "aligner_norm": "none"}, (1, 1)),
         ({"plain": True}, (0,)),
         ({"mode": "full"}, (0,)),
+        ({"mode": "qlora"}, (0,)),
     ],
 )
 def test_saved_tensors_and_peak(vlm_folder, store_folder, changes, rows, checkpoint):

@@ -87,6 +87,7 @@ def random_host(config: MllamaConfig, dtype: torch.dtype, quantize: bool) -> Any
             packed.bias = module.bias
             vlm.set_submodule(name, packed)
     vlm.to(DEVICE)
+    vlm.is_loaded_in_4bit = quantize  # PEFT goes by this
     mllama.hook(vlm)
     return vlm
 
