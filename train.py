@@ -31,6 +31,11 @@ def one_of(default: str, choices, help: str):
     return field(default=default, metadata={"choices": list(choices), "help": help})
 
 
+def yes_or_no(help: str):
+    """A flag that is None where it is not given: `--bf16` and `--bf16 false` both say something."""
+    return field(default=None, metadata={"nargs": "?", "const": True, "help": help})
+
+
 @dataclass
 class Arguments:
     data: str = one_of("flickr30k", data.SOURCES, "the examples")
@@ -78,9 +83,9 @@ class Training(TrainingArguments):
     optim: str | None = field(
         default=None, metadata={"help": "default: paged_adamw_8bit with --qlora on a GPU, PyTorch's AdamW elsewhere"}
     )
-    bf16: bool | None = field(default=None, metadata={"help": "default: on a GPU that has it"})
-    fp16: bool | None = field(default=None, metadata={"help": "default: on a GPU without bf16 (T4), with loss scaling"})
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "default: on a GPU"})
+    bf16: bool | None = yes_or_no("default: on a GPU that has it")
+    fp16: bool | None = yes_or_no("default: on a GPU without bf16 (T4), with loss scaling")
+    gradient_checkpointing: bool | None = yes_or_no("default: on a GPU")
     learning_rate: float = 1e-4
     per_device_train_batch_size: int | None = field(default=None, metadata={"help": "default: 1, four times a step"})
     gradient_accumulation_steps: int | None = field(

@@ -54,6 +54,9 @@ def cache_vision(trainer: Any, folder: Path) -> None:
             f"--cache_vision keeps what a frozen vision tower says, but {train:,} parameters of it and its projector train "
             "(--full, or --lora_targets of your own): leave out one of the two"
         )
+    if trainer.is_fsdp_enabled:  # the host still waits on the CPU
+        for module in tower:
+            module.to(trainer.args.device)
     folder.mkdir(parents=True, exist_ok=True)
     cache, told = VisionCache(folder), False
     for i in range(trainer.args.process_index, len(dataset), trainer.args.world_size):
@@ -62,7 +65,7 @@ def cache_vision(trainer: Any, folder: Path) -> None:
             continue
         inputs = collate.processor.image_processor(images=[[picture]], return_tensors="pt")
         with trainer.accelerator.autocast():
-            states = collate.host.picture_states(host, inputs.to(host.device))[0]
+            states = collate.host.picture_states(host, inputs.to(trainer.args.device))[0]
         if not told:
             need, free = states.nbytes * (len(dataset) - i), shutil.disk_usage(folder).free
             print(f"vision states: {states.nbytes / 1e6:.1f} MB a picture, up to {need / 1e9:.1f} GB in {folder}")
