@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -208,7 +208,7 @@ class Tally:
     words: int = 0
     entropy: float = 0.0  # nats, summed over words
     skipped: dict[str, str] = field(default_factory=dict)  # id ─► why
-    times: Counter[str] = field(default_factory=Counter)  # seconds by phase
+    times: dict[str, float] = field(default_factory=dict)  # seconds by phase
     began: float = field(default_factory=time.time)
 
     def summary(self, maps: Path) -> str:
@@ -219,7 +219,7 @@ class Tally:
         if self.words:
             text += f"; mean map entropy {self.entropy / self.words:.2f} of {MAX_ENTROPY:.2f} nats"
         total = sum(self.times.values()) or 1
-        text += "\ntime: " + ", ".join(f"{phase} {spent / total:.0%}" for phase, spent in self.times.most_common())
+        text += "\ntime: " + ", ".join(f"{phase} {spent / total:.0%}" for phase, spent in self.times.items())
         if torch.cuda.is_available():
             text += f"; at most {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB of GPU memory"
         return text

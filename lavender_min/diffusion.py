@@ -59,13 +59,13 @@ def check_resolutions(sd: StableDiffusion, resolutions: Mapping[int, float] | No
 
 
 @contextlib.contextmanager
-def timed(times: Counter[str], phase: str) -> Iterator[None]:
+def timed(times: dict[str, float], phase: str) -> Iterator[None]:
     """Adds the seconds of this `with` to times[phase], a GPU's work included."""
     began = time.perf_counter()
     yield
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
-    times[phase] += time.perf_counter() - began
+    times[phase] = times.get(phase, 0.0) + time.perf_counter() - began
 
 
 class Recorded(NamedTuple):
@@ -94,14 +94,14 @@ def record(
     recipe: str = "paper",
     settings: Mapping[str, Any] | None = None,
     sides: Sequence[int] | None = None,
-    times: Counter[str] | None = None,
+    times: dict[str, float] | None = None,
 ) -> Recorded:
     """Run a recipe on a batch. A row's maps do not depend on the rows beside it.
 
     At most b rows are run together, however long the texts: memory is bounded by the number of pictures. `sides`: the
     layers to record, None for all. `times` gets the seconds spent on text, VAE and UNet.
     """
-    device, times = sd.unet.device, Counter() if times is None else times
+    device, times = sd.unet.device, {} if times is None else times
     words = [find_words(fields) for fields in texts]
     cut = [windows(sd.tokenizer, *join_fields(*pair)) for pair in zip(texts, words, strict=True)]
     owner = [i for i, example in enumerate(cut) for _ in example]
@@ -131,7 +131,7 @@ def record(
             for side, maps in recorder.means().items():
                 found[side].append(maps.cpu())
     return Recorded(
-        words, rows, owner, lengths, {side: torch.cat(maps) for side, maps in found.items()}, recorder.counts
+        words, rows, owner, lengths, {side: torch.cat(maps) for side, maps in found.items()}, recorder.layers
     )
 
 
@@ -173,11 +173,11 @@ def word_maps(
     settings: Mapping[str, Any] | None = None,
     resolutions: Mapping[int, float] | None = None,
     content_norm: bool = False,
-    times: Counter[str] | None = None,
+    times: dict[str, float] | None = None,
 ) -> list[WordMaps]:
     """Maps for every word of every text of a batch, from the layers that `resolutions` gives a weight."""
     check_resolutions(sd, resolutions)
     sides = None if resolutions is None else [side for side, weight in resolutions.items() if weight > 0]
     recorded = record(sd, pixels, texts, ids, recipe, settings, sides, times)
-    with timed(Counter() if times is None else times, "reading"):
+    with timed({} if times is None else times, "reading"):
         return read(recorded, resolutions, content_norm)

@@ -19,7 +19,7 @@ from lavender_min.geometry import MAP_SIDE
 from lavender_min.measure import WORD_KINDS, mass_inside, pointing
 from lavender_min.toy import data, models
 
-ASKED = {
+ASKED: dict[str, tuple[str, dict]] = {
     "paper": ("paper", {}),
     "null-text": ("null-text", {}),
     "invert": ("invert", {}),

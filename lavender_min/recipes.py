@@ -114,8 +114,8 @@ def trained(
     return null.detach()
 
 
-def denoising(sd: StableDiffusion, steps: int) -> DDIMScheduler:
-    down = DDIMScheduler.from_config(sd.noise_schedule, **DDIM)
+def denoising(sd: StableDiffusion, steps: int) -> Any:
+    down: Any = DDIMScheduler.from_config(sd.noise_schedule, **DDIM)
     down.set_timesteps(steps)
     return down
 

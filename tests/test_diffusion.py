@@ -1,7 +1,6 @@
 """Stage 1's teacher on a tiny Stable Diffusion with random weights, against slow and explicit computations."""
 
 import copy
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -404,7 +403,7 @@ def test_no_pass_has_more_rows_than_there_are_pictures(tiny_sd, pixels, monkeypa
 
 
 def test_time_is_told_by_phase(tiny_sd, pixels):
-    times = Counter()
+    times = {}
     diffusion.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], "noise", NOISE, times=times)
     assert set(times) == {"text", "VAE", "UNet", "reading"} and min(times.values()) > 0
 
