@@ -48,10 +48,10 @@ def check(folder: Path) -> int:
                         faults["twice"].append(f"{id}: in {home[id]} and in {shard.name}")
                     home[id] = shard.name
                     words += len(texts)
-                    finite = np.isfinite(maps).all((1, 2))
-                    for kind, bad in (("not finite", ~finite), ("all zero", ~maps.any((1, 2)))):
+                    flat = maps.flatten(1)
+                    for kind, bad in (("not finite", ~flat.isfinite().all(1)), ("all zero", ~flat.any(1))):
                         if bad.any():
-                            faults[kind].append(f"{id}: {', '.join(texts[i] for i in bad.nonzero()[0])}")
+                            faults[kind].append(f"{id}: {', '.join(texts[i] for i in bad.nonzero().flatten())}")
             except ValueError as error:
                 faults["broken"].append(str(error))
             bar.update(shard.stat().st_size)
@@ -63,7 +63,7 @@ def check(folder: Path) -> int:
     return 1 if faults else 0
 
 
-def rows_of(shard: Path) -> Iterator[tuple[str, list[str], Float[np.ndarray, "w g g"]]]:
+def rows_of(shard: Path) -> Iterator[tuple[str, list[str], Float[Tensor, "w g g"]]]:
     """(id, words, maps) of each row, where the footer, Parquet's own reading with checksums, and the store's reading agree."""
     ids, row = read_ids(shard), 0
     with naming(shard):
@@ -74,7 +74,7 @@ def rows_of(shard: Path) -> Iterator[tuple[str, list[str], Float[np.ndarray, "w 
                 plain = maps.values.to_numpy().astype(np.float32)
                 if id != ids[row] or not np.array_equal(stored.maps.flatten().numpy(), plain, equal_nan=True):
                     raise ValueError(f"row {row}: its id, words and maps do not fit together")
-                yield id, [word.text for word in stored.words], stored.maps.numpy()
+                yield id, [word.text for word in stored.words], stored.maps
                 row += 1
 
 
@@ -150,8 +150,8 @@ def take_released(jpegs: Path, folder: Path, root: str | None, captions: str | N
                     left[picture, word] = str(error)
             for example in examples[picture]:
                 words = [word for word in find_words(example.fields) if word.text.casefold() in maps]
-                for word in words:
-                    left.pop((picture, word.text.casefold()), None)
+                for placed in words:
+                    left.pop((picture, placed.text.casefold()), None)
                 if words and example.id not in writer.done:
                     own = torch.stack([maps[word.text.casefold()] for word in words])
                     writer.add(example.id, example.question, example.answer, words, own, math.nan)

@@ -128,7 +128,8 @@ class MapStore:
             raise KeyError(f"{self.path} has no maps for id {id!r} (it holds {len(self)} examples)")
         number = bisect_right(self._first, self._row[id]) - 1
         with naming(self._shards[number]):
-            shard = self._open[number] = self._open.pop(number, None) or Shard(self._shards[number])
+            shard = self._open.pop(number) if number in self._open else Shard(self._shards[number])
+            self._open[number] = shard
             if len(self._open) > OPEN_SHARDS:
                 del self._open[next(iter(self._open))]
             return shard[self._row[id] - self._first[number]]
