@@ -20,7 +20,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from lavender_min import data, runs, training
-from lavender_min.align import AGGREGATES, INNER
+from lavender_min.align import AGGREGATES, ALIGNERS
 from lavender_min.callbacks import StopOnSigterm, WordMapPictures
 from lavender_min.maps import MapStore
 from lavender_min.model import MATCHES
@@ -54,7 +54,7 @@ class Arguments:
     plain: bool = field(default=False, metadata={"help": "fine-tune without alignment: the baseline"})
     aggregate: str = one_of("learn", AGGREGATES, "whose attention is aligned: parallel projections', or the host's own")
     parallel_rank: int = field(default=64, metadata={"help": "rank of the parallel projections; 0: full copies"})
-    aligner: str = one_of("sim", INNER, "depth of the Aligner")
+    aligner: str = one_of("sim", ALIGNERS, "depth of the Aligner; none: the heads' mean is aligned")
     aligner_kernel: int = field(default=3, metadata={"choices": [3, 1], "help": "3 is the paper's conv, 1 its mlp"})
     aligner_norm: str = one_of("instance", ("instance", "batch", "none"), "norm inside the Aligner")
     lambda_att: float = field(default=10.0, metadata={"help": "weight of the alignment loss; 0 only measures it"})

@@ -17,6 +17,7 @@ from lavender_min import ops
 
 AGGREGATES = ("learn", "layer-mean")
 INNER = {"light": 0, "sim": 1, "deep": 3}  # hidden-to-hidden convolutions of each variant
+ALIGNERS = (*INNER, "none")
 
 
 def low_rank(layer: Any, rank: int) -> nn.Sequential:
@@ -79,11 +80,20 @@ class Aligner(nn.Module):
     """Heads in, one map out, applied once a word: [m, heads, g, g] ─► features [m, width, g, g] ─► 1×1 convolution.
 
     The closing convolution, the min–max normalisation and the squared error are one op (`ops.aligner_mse`), so only its
-    weights stand here. `kernel` 3 is the paper's "conv" (best in its figure 8), 1 its "mlp".
+    weights stand here. `kernel` 3 is the paper's "conv" (best in its figure 8), 1 its "mlp". The variant "none" is the
+    ablation without a network: the mean over heads itself is held to the target, so the host has to do all the moving.
     """
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, heads: int, variant: str = "sim", kernel: int = 3, norm: str = "instance", width: int = 32):
         super().__init__()
+        if variant == "none":
+            self.body = nn.Sequential()
+            self.register_buffer("weight", torch.full((heads,), 1 / heads))
+            self.register_buffer("bias", torch.zeros(1))
+            return
         norms: dict[str, Any] = {
             "instance": nn.InstanceNorm2d,
             "batch": nn.BatchNorm2d,

@@ -20,6 +20,15 @@ def test_parameter_counts_for_32_heads(variant, kernel, parameters):
     assert sum(p.numel() for p in aligner.parameters()) == parameters
 
 
+def test_without_a_network_the_heads_mean_is_aligned():
+    maps, target, valid = torch.rand(3, 4, 9, 9), torch.rand(3, 9, 9), torch.tensor([True, True, False])
+    align = Align({0: Heads(4)}, "layer-mean", variant="none")
+    assert not list(align.parameters())
+    torch.testing.assert_close(align.aligner.predict(maps), maps.mean(1))
+    expected = F.mse_loss(minmax(maps.mean(1))[valid], target[valid])
+    torch.testing.assert_close(align.loss(maps, target, valid), expected)
+
+
 @pytest.mark.parametrize("norm", ["instance", "batch", "none"])
 def test_loss_is_the_error_of_the_prediction(norm):
     torch.manual_seed(0)
