@@ -6,7 +6,8 @@ storage come and go, and remembers what was alive when most was. Three things ar
 scaled_dot_product_attention keeps what its memory-efficient kernel keeps, Triton kernels are not launched, and autocast (which
 does not know `meta`) is played by casting float32 linear layers to half precision.
 
-Not counted: what cuBLAS and kernels take inside one call, and the allocator's rounding; `RESERVE` is set aside for them.
+Not counted: what cuBLAS and kernels take inside one call, adapters cast by autocast and kept for the rest of a forward, and the
+allocator's rounding; `RESERVE` is set aside for them. Texts are full (no padding), and --cache_vision is not looked at.
 """
 
 import contextlib
