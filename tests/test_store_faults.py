@@ -134,7 +134,7 @@ def test_processes_of_several_ranks_write_at_once(tmp_path):
 # ---- extract.py itself, on the toy data ------------------------------------------------------------------------------
 
 TOY = "--data toy --recipe noise --timesteps 151 --batch_size 4 --shard_size 3 --limit".split()
-LIMIT = 240
+LIMIT = 360
 
 
 def start(maps, limit=LIMIT):
@@ -184,13 +184,13 @@ def test_sigkill_at_twenty_random_moments(tmp_path, unbroken, capsys):
     maps, draw, seen, grew = tmp_path / "maps", random.Random(0), set(), 0
     for kill in range(20):
         child = start(maps)
-        if kill % 4:  # three in four while it works, some shards later, of which there are 80
+        if kill % 4:  # three in four while it works, some shards later, of which there are 120
             until_it_works(child)
-            shards, more = len(store.shard_files(maps)), draw.randrange(5)
+            shards, more = len(store.shard_files(maps)), draw.randrange(4)
             while len(store.shard_files(maps)) < shards + more:
                 assert child.poll() is None
                 time.sleep(0.001)
-            time.sleep(draw.uniform(0, 0.2))
+            time.sleep(draw.uniform(0, 0.1))
         else:
             time.sleep(draw.uniform(0, starting))
         child.send_signal(signal.SIGKILL)

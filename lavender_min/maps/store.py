@@ -312,7 +312,8 @@ def _written_aside(file: Path, aside: Path) -> Iterator[None]:
         finally:
             os.close(folder)
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {file}: {error.strerror or error}") from error
+        reason = os.strerror(error.errno) if error.errno else error  # Arrow's own wording is longer
+        raise OSError(f"cannot write {file}: {reason}") from error
     finally:
         aside.unlink(missing_ok=True)
 
