@@ -2,6 +2,10 @@
 
 Random weights, one picture of 512 px, fp32, CPU: about 5 GB and some minutes. CPU time of the process, not time on the
 wall, in passes that take turns, so that what else the machine does weighs on all alike.
+
+Measured once, one thread of a busy x86 CPU, torch 2.13: plain 7.87 s a pass, ours 0.98 of that, DAAM 0.99,
+attention-map-diffusers 0.93 (turns of one way differ by a tenth). On a CPU none of them costs time; what differs is what
+they hold: 0.3 MiB of maps, 63 and 63 MiB, the last once more for every time step.
 """
 
 import math
