@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from lavender_min import data, runs, training
+from lavender_min import data, plan, runs, training
 from lavender_min.align import AGGREGATES, ALIGNERS
 from lavender_min.callbacks import StopOnSigterm, WordMapPictures
 from lavender_min.maps import MapStore
@@ -135,8 +135,6 @@ def main() -> None:
     args, training_args = HfArgumentParser((Arguments, Training), description=__doc__).parse_args_into_dataclasses()
     flags = settle(args, training_args)
     if args.plan:
-        from lavender_min import plan
-
         print(plan.describe(flags, training_args))
         return
     examples = data.load(args.data, args.data_root, args.split, args.captions)[: args.limit]

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForImageTextToText, MllamaConfig
 
-from lavender_min import hosts, ops, runs
+from lavender_min import ops, runs
 from lavender_min.geometry import MAP_SIDE
 from lavender_min.hosts import mllama
 from lavender_min.model import Lavender
@@ -197,8 +197,8 @@ def pack_nf4(vlm: Any, dtype: torch.dtype) -> None:
 def build(flags: runs.ModelFlags, dtype: torch.dtype) -> Lavender:
     """`runs.build` around an empty host."""
     vlm = empty_host(flags, dtype)
-    with patch.object(hosts, "load", lambda *args, **kwargs: (vlm, None, mllama)), torch.device("meta"):
-        return runs.build(flags, dtype)[0].train()
+    with torch.device("meta"):
+        return runs.build(flags, dtype, loaded=(vlm, None, mllama))[0].train()
 
 
 def make_batch(config: Any, b: int, tokens: int, answer: int) -> dict[str, Any]:

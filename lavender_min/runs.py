@@ -44,10 +44,13 @@ class ModelFlags:
     attend: str = "predicting"
 
 
-def build(flags: ModelFlags, dtype: torch.dtype = torch.float32, trained: str | Path | None = None):
-    """(Lavender, processor, host module) for a new run, or with the weights of the run in the folder `trained`."""
+def build(flags: ModelFlags, dtype: torch.dtype = torch.float32, trained: str | Path | None = None, loaded=None):
+    """(Lavender, processor, host module) for a new run, or with the weights of the run in the folder `trained`.
+
+    `loaded` is what `hosts.load` would return, for a host that does not come from a folder.
+    """
     name = str(trained) if trained and flags.mode == "full" else flags.vlm
-    vlm, processor, host = hosts.load(name, quantize=flags.mode == "qlora", dtype=dtype)
+    vlm, processor, host = loaded or hosts.load(name, quantize=flags.mode == "qlora", dtype=dtype)
     attentions = host.layers(vlm)
     vlm.requires_grad_(flags.mode == "full")
     align = None

@@ -20,10 +20,12 @@ import torch
 import transformers
 from accelerate.utils import find_executable_batch_size
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from lavender_min import hub
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -63,10 +65,10 @@ def load(name: str, device: torch.device | str = "cpu", dtype: str | None = None
     if missing:
         there = f"lacks {', '.join(missing)}" if folder.is_dir() else "is not there"
         raise FileNotFoundError(f"--sd {name}: the pipeline folder {there}; it must hold {', '.join(parts)}")
-    cached = local or isinstance(try_to_load_from_cache(name, "unet/diffusion_pytorch_model.safetensors"), str)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    cached = local or isinstance(try_to_load_from_cache(name, weights), str)
     try:
-        if not cached:
-            _ask_the_hub(name)  # fails at once; from_pretrained would first try for a minute
+        hub.ask(name, weights)
         # safetensors only: no pickle. What is in the cache is used as it is, with or without network.
         how: dict[str, Any] = {"use_safetensors": True, "local_files_only": cached}
         with warnings.catch_warnings(action="ignore"):
@@ -93,14 +95,6 @@ def load(name: str, device: torch.device | str = "cpu", dtype: str | None = None
         part.to(memory_format=torch.channels_last)
     vae.enable_slicing()  # a picture at a time: one of 512 px fills a GPU, and a batch would need more memory than the UNet
     return StableDiffusion(tokenizer, text_encoder, vae, unet, noise_schedule)
-
-
-def _ask_the_hub(name: str) -> None:
-    """Can this model be downloaded? Whatever the network or the hub says against it becomes an OSError."""
-    try:
-        HfApi().auth_check(name)
-    except Exception as error:  # the HTTP library has its own kinds, which are no OSErrors
-        raise OSError(f"huggingface.co says: {str(error).strip() or type(error).__name__}") from error
 
 
 def ask(sd: StableDiffusion, latents: Tensor, t: Tensor, text: Tensor) -> Float[Tensor, "r c y x"]:

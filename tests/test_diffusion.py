@@ -10,7 +10,7 @@ from einops import einsum, rearrange
 from PIL import Image
 from tiny_sd import LENGTH, build_tiny_sd, explicit_maps
 
-from lavender_min import diffusion, recipes, stable_diffusion
+from lavender_min import diffusion, hub, recipes, stable_diffusion
 from lavender_min.recording import Recorder, RecordingProcessor, recording
 from lavender_min.words import find_words, join_fields, windows
 
@@ -487,7 +487,7 @@ def test_no_network_is_found_out_at_once(monkeypatch):
     def unreachable(self, name):
         raise RuntimeError("[Errno -2] Name or service not known")  # as the HTTP library: no OSError
 
-    monkeypatch.setattr(stable_diffusion.HfApi, "auth_check", unreachable)
+    monkeypatch.setattr(hub.HfApi, "auth_check", unreachable)
     with pytest.raises(
         OSError, match=r"no-such-model: huggingface.co says: \[Errno -2\] Name or service not known. To"
     ):

@@ -10,7 +10,6 @@ import json
 import statistics
 import time
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from measure import DEVICE, extra_peak_mib, write
 from torch import nn
 from transformers import AutoModelForImageTextToText, MllamaConfig
 
-from lavender_min import hosts, plan, runs
+from lavender_min import plan, runs
 from lavender_min.align import Align
 from lavender_min.geometry import MAP_SIDE, resize_matrix
 from lavender_min.hosts import mllama
@@ -139,8 +138,7 @@ def run(shape: dict, folder: Any, b: int, tokens: int, answer: int, rank: int, r
     flags = runs.ModelFlags(str(folder), mode=mode, match="all", parallel_rank=rank)
     torch.manual_seed(0)
     vlm, batch = random_host(config, dtype, gpu), real_batch(config, b, tokens, answer)
-    with patch.object(hosts, "load", lambda *args, **kwargs: (vlm, None, mllama)):
-        plain = runs.build(runs.ModelFlags(**vars(flags) | {"plain": True}), dtype)[0]
+    plain = runs.build(runs.ModelFlags(**vars(flags) | {"plain": True}), dtype, loaded=(vlm, None, mllama))[0]
     attentions = mllama.layers(plain.host)
 
     def step(model, optimizer):
