@@ -16,6 +16,9 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import lavender_min  # noqa: F401  first: it keeps bitsandbytes quiet
+
+# isort: split
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
