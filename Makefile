@@ -5,7 +5,7 @@ RUN = .venv/bin/python
 # One thread a process: two processes of spinning threads on two cores are five times slower.
 TEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest
 .DELETE_ON_ERROR:
-.PHONY: venv demo test test-all bench lint kernels clean
+.PHONY: venv demo seeds test test-all bench lint kernels clean
 
 venv: .venv/done
 .venv/done: pyproject.toml constraints.txt
@@ -15,6 +15,9 @@ venv: .venv/done
 
 demo: venv            ## the whole way on the toy world: maps, plain and Lavender tuning, report
 	sh docs/demo.sh
+
+seeds: venv           ## the same over three seeds, with intervals
+	sh docs/seeds.sh
 
 test: venv lint       ## everything that runs in minutes
 	$(TEST) -n $(JOBS)
