@@ -82,13 +82,17 @@ class Rows(torch.utils.data.Dataset):
         return i, self.maps[f"pic {i}.jpg#0"]
 
 
+def unchanged(x):  # a lambda could not be sent to a spawned worker
+    return x
+
+
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_share_a_store(tmp_path, start):
     fill(tmp_path, range(30), shard_size=9)
     maps = MapStore(tmp_path)
     same(maps, range(30))  # all files are open when the workers are forked
     loader = torch.utils.data.DataLoader(
-        Rows(maps), batch_size=None, num_workers=2, multiprocessing_context=start, collate_fn=lambda x: x
+        Rows(maps), batch_size=None, num_workers=2, multiprocessing_context=start, collate_fn=unchanged
     )
     seen = 0
     for i, stored in loader:
