@@ -78,6 +78,22 @@ def test_bad_caption_files_are_named_with_the_line(root):
         data.load("flickr30k", root)
 
 
+def test_captions_beside_pictures(tmp_path):
+    for name in ("b.jpg", "sub/a.PNG", "alone.jpg"):
+        picture(tmp_path / name)
+    (tmp_path / "b.txt").write_text("A red dog.\n", encoding="utf-8")
+    (tmp_path / "sub/a.txt").write_text("Über all.", encoding="utf-8")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "broken.txt").write_text("What is this")
+    found = data.load("folder", tmp_path)
+    assert [(e.id, e.question, e.answer) for e in found] == [
+        ("b.jpg", "", "A red dog."), ("broken.jpg", "", "What is this"), ("sub/a.PNG", "", "Über all."),
+    ]  # fmt: skip
+    assert found[2].image().size == (6, 4)
+    with pytest.raises(BROKEN_PICTURE):
+        found[1].image()
+
+
 def test_own_folder(tmp_path):
     picture(tmp_path / "pics" / "a.png")
     lines = [
