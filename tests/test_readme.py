@@ -12,7 +12,7 @@ COMMANDS = [
     shlex.split(line, comments=True)
     for language, block in BLOCKS
     if language == "bash"
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
     if line.split("#")[0].strip()
 ]
 
