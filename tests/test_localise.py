@@ -16,7 +16,10 @@ def folder(tmp_path_factory):
 
 
 def test_scores_equal_those_taken_word_by_word(folder):
-    sd, examples = diffusion.load(folder), [data.example(f"tune-{i:05d}-caption") for i in range(3)]
+    sd, examples = (
+        diffusion.load(folder),
+        [data.example(f"tune-{i:05d}-caption") for i in range(6)],
+    )  # the first with words of every kind
     readings = [(None, False), (8, True)]
     scores, seconds = localise.localise(sd, examples, "noise", {"timesteps": [300]}, readings, batch=2)
     assert seconds > 0 and set(scores) == set(readings)
