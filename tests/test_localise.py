@@ -35,8 +35,8 @@ def test_scores_equal_those_taken_word_by_word(folder):
                 for kind, texts in WORD_KINDS.items():
                     if word.text in texts and word[1:] in masks:
                         mask = torch.from_numpy(masks[word[1:]])
-                        hit = mask.flatten()[map.argmax()].float()
-                        hits[kind].append([hit, map[mask].sum() / map.sum(), mask.float().mean()])
+                        hit, inside = mask.flatten()[map.argmax()], map[mask].sum() / map.sum()
+                        hits[kind].append([float(hit), float(inside), float(mask.float().mean())])
         for kind, each in hits.items():
             torch.testing.assert_close(
                 torch.tensor(scores[side, content_norm][kind]), torch.tensor(each).mean(0), rtol=1e-3, atol=1e-6
