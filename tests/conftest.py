@@ -52,6 +52,21 @@ def vlm_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory):
+    from tiny_sd import build_tiny_sd
+
+    from lavender_min import diffusion
+
+    return diffusion.load(str(build_tiny_sd(tmp_path_factory.mktemp("sd"))))
+
+
+@pytest.fixture
+def pixels():
+    """Three pictures for it."""
+    return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.fixture(scope="session")
 def store_folder(tmp_path_factory):
     """Maps of 8 scenes' tuning examples: each word's exact mask, or a random map where it has none."""
     from lavender_min.geometry import MAP_SIDE

@@ -9,6 +9,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from lavender_min.geometry import resize_map
 
 LENGTH = 20  # tokens a window, 77 in v1.4
+
+TEXTS = [
+    {"question": "", "answer": "A red dog runs on the grass"},
+    {"question": "Is the turquoise cat with the dog?", "answer": "turquoise, yes"},  # longer than one window
+    {"question": "", "answer": "cat"},
+]
+IDS = ["one", "two", "three"]
+NOISE = {"timesteps": [40, 500], "draws": 2}
 WHOLE = ["a", "red", "dog", "on", "the", "grass", "runs", "cat", "with"]  # words of one token; others fall to letters
 
 

@@ -8,7 +8,7 @@ on where it was when started again), each a pure function of its step number, so
     vlm   Mllama's vision tower on what each patch shows, then the whole Mllama on lists of what is there and two kinds of
           question, without relations or places
 
-On a CPU they take an hour or two; `vlm` does not need the others and can run beside them.
+On a CPU they take two or three hours; `vlm` does not need the others and can run beside them.
 """
 
 import argparse
