@@ -14,10 +14,10 @@ venv: .venv/done
 	touch $@
 
 demo: venv            ## the whole way on the toy world: maps, plain and Lavender tuning, report
-	sh docs/demo.sh
+	sh experiments/demo.sh
 
 seeds: venv           ## the same over three seeds, with intervals
-	sh docs/seeds.sh
+	sh experiments/seeds.sh
 
 test: venv lint       ## everything that runs in minutes
 	$(TEST) -n $(JOBS)

@@ -24,10 +24,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from lavender_min import data, hosts, look, measure, report, runs, training
+from lavender_min import data
+from lavender_min.evaluation import measures, own_picture, report
+from lavender_min.hosts import base as hosts
 from lavender_min.maps import MapStore
-from lavender_min.model import Lavender
 from lavender_min.toy.data import KINDS, word_masks
+from lavender_min.tuning import collator, runs
+from lavender_min.tuning.model import Lavender
 
 HERE = Path(__file__).resolve().parent
 OURS = ("--data", "--plain", "--seed", "--output_dir")  # flags of train.py that --seeds sets itself
@@ -195,15 +198,15 @@ def half_of_gpu() -> torch.dtype:
 
 
 def evaluate_picture(args: argparse.Namespace) -> None:
-    image = look.picture(args.image)  # before anything that takes time
+    image = own_picture.picture(args.image)  # before anything that takes time
     vlm = args.vlm if args.vlm or args.adapter else data.SOURCES[args.data].vlm
-    model, processor, host, attend = look.load_tuned(vlm, args.adapter, half_of_gpu())
-    reply, words, maps = look.ask(model, processor, host, attend, image, args.question)
+    model, processor, host, attend = own_picture.load_tuned(vlm, args.adapter, half_of_gpu())
+    reply, words, maps = own_picture.ask(model, processor, host, attend, image, args.question)
     print(reply)
     if not words:
         raise ValueError(f"the answer, {reply!r}, has no words to draw")
     path = Path(args.out) / f"{Path(args.image).stem}.png"
-    look.draw_answer(path, image, words, maps)
+    own_picture.draw_answer(path, image, words, maps)
     print(f"{path} shows where it looked for each word")
 
 
@@ -218,7 +221,7 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
     given = [(report.PLAIN, args.plain), (report.LAVENDER, args.lavender)]
     checked = [recall(name, folder) for name, folders in given for folder in folders]  # before anything takes time
     store, commands = held_out_maps(args, examples)
-    sheet = measure.make_sheet(examples, store, word_masks)
+    sheet = measures.make_sheet(examples, store, word_masks)
     if args.seeds:
         commands += train_pairs(args, out, more)
         checked = [recall(name, folder) for name, folders in given for folder in folders]
@@ -231,12 +234,12 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
             )
 
     dtype = half_of_gpu()
-    models = {report.CHANCE: [measure.chance_numbers(sheet)], report.SD: [measure.map_numbers(sheet.maps, sheet)]}
+    models = {report.CHANCE: [measures.chance_numbers(sheet)], report.SD: [measures.map_numbers(sheet.maps, sheet)]}
     shown = {report.SD: sheet.maps}
 
     def take(name: str, label: str, flags: runs.ModelFlags, model: Lavender, processor, host) -> None:
-        collate = training.Collator(processor, model.host.config, host, store.recipe["frame"], "answer", flags.attend)
-        numbers, maps = measure.measure(model, processor, collate, sheet, args.batch_size, label)
+        collate = collator.Collator(processor, model.host.config, host, store.recipe["frame"], "answer", flags.attend)
+        numbers, maps = measures.measure(model, processor, collate, sheet, args.batch_size, label)
         models.setdefault(name, []).append(numbers["own"])
         shown.setdefault(name, maps["own"])
         if "aligned" in numbers:

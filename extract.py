@@ -25,10 +25,11 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from lavender_min import data, diffusion, stable_diffusion
+from lavender_min import data
 from lavender_min.data import Example
 from lavender_min.geometry import MAP_SIDE
 from lavender_min.maps import MAX_ENTROPY, MapStore, MapWriter, entropy
+from lavender_min.teachers import attention_maps, stable_diffusion
 from lavender_min.words import find_words
 
 
@@ -47,10 +48,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--limit", type=positive, help="only the first so many examples")
     add("--maps", help="folder to write (default: maps/<data>)")
     add("--sd", help=f"Stable Diffusion: model name or pipeline folder (default: {data.SOURCES['flickr30k'].sd})")
-    add("--recipe", choices=list(diffusion.RECIPES), default="paper", help="how it is asked (default: paper)")
+    add("--recipe", choices=list(attention_maps.RECIPES), default="paper", help="how it is asked (default: paper)")
     add("--timesteps", type=time_steps, help="noise: time steps, e.g. 51,151,301 (the default)")
     add("--draws", type=positive, help="noise: noisy copies of a picture at each time step (default: 1)")
-    add("--frame", choices=diffusion.FRAMES, default="whole", help="the whole picture, or its centre (default: whole)")
+    add(
+        "--frame",
+        choices=attention_maps.FRAMES,
+        default="whole",
+        help="the whole picture, or its centre (default: whole)",
+    )
     add("--resolutions", type=layer_weights, help="layer weights by side, e.g. 16:1,8:0.5 (default: all layers alike)")
     add("--content_norm", action="store_true", help="divide each pixel by what all the words' tokens get there")
     add("--batch_size", type=batch_size, default=8, help="pictures at once; auto: what fits the GPU (default: 8)")
@@ -95,7 +101,7 @@ def recipe_of(args: argparse.Namespace, sd_name: str) -> dict[str, Any]:
 
     What stands under "made_with" moves the last digits only, and may differ.
     """
-    settings = dict(diffusion.RECIPES[args.recipe].settings)
+    settings = dict(attention_maps.RECIPES[args.recipe].settings)
     for name in ("timesteps", "draws"):
         if getattr(args, name) is not None:
             if name not in settings:
@@ -118,7 +124,7 @@ def recipe_of(args: argparse.Namespace, sd_name: str) -> dict[str, Any]:
     }
 
 
-def choose_batch_size(wish: int | str, maps: Path, sd: diffusion.StableDiffusion, recipe: dict[str, Any]) -> int:
+def choose_batch_size(wish: int | str, maps: Path, sd: attention_maps.StableDiffusion, recipe: dict[str, Any]) -> int:
     """`auto`: what the store was begun with, so that a run that goes on cuts the same batches; else what fits the GPU."""
     if wish != "auto":
         return int(wish)
@@ -129,11 +135,11 @@ def choose_batch_size(wish: int | str, maps: Path, sd: diffusion.StableDiffusion
     return stable_diffusion.fitting_batch(lambda pictures: heaviest_batch(sd, recipe, pictures))
 
 
-def heaviest_batch(sd: diffusion.StableDiffusion, recipe: dict[str, Any], pictures: int) -> None:
+def heaviest_batch(sd: attention_maps.StableDiffusion, recipe: dict[str, Any], pictures: int) -> None:
     """No batch of so many pictures needs more memory than one whose windows are full of words of one token each."""
     texts = [{"answer": "a " * (sd.tokenizer.model_max_length - 2)}] * pictures
     pixels = torch.zeros(pictures, 3, sd.side, sd.side)
-    diffusion.word_maps(sd, pixels, texts, [""] * pictures, recipe["recipe"], recipe["settings"])
+    attention_maps.word_maps(sd, pixels, texts, [""] * pictures, recipe["recipe"], recipe["settings"])
 
 
 def batches_of(examples: list[Example], size: int, done: Iterable[str], state: PartialState) -> list[list[Example]]:
@@ -155,7 +161,7 @@ def read_ahead(
 
     def read(example: Example) -> torch.Tensor | Exception:
         try:
-            return diffusion.frame_image(example.image(), side, frame)
+            return attention_maps.frame_image(example.image(), side, frame)
         except data.BROKEN_PICTURE as error:
             return error
 
@@ -171,9 +177,9 @@ def read_ahead(
 
 def announce(
     args: argparse.Namespace, examples: list[Example], recipe: dict[str, Any], maps: Path, done: Iterable[str],
-    sd: diffusion.StableDiffusion, state: PartialState,
+    sd: attention_maps.StableDiffusion, state: PartialState,
 ) -> None:  # fmt: skip
-    passes, batch = diffusion.RECIPES[args.recipe].passes(recipe["settings"]), recipe["made_with"]["batch_size"]
+    passes, batch = attention_maps.RECIPES[args.recipe].passes(recipe["settings"]), recipe["made_with"]["batch_size"]
     todo = [example for example in examples if example.id not in done]
     words = sum(len(find_words(example.fields)) for example in todo)
     disk = (words * MAP_SIDE**2 * 2 + len(todo) * 1000) / 1e6  # MB: float16 maps, and 1 kB of text a picture
@@ -226,14 +232,14 @@ class Tally:
 
 
 def run(
-    args: argparse.Namespace, sd: diffusion.StableDiffusion, settings: dict[str, Any], batches: list[list[Example]],
+    args: argparse.Namespace, sd: attention_maps.StableDiffusion, settings: dict[str, Any], batches: list[list[Example]],
     writer: MapWriter, tally: Tally, bar: tqdm,
 ) -> None:  # fmt: skip
     """Make and store the maps of these batches."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         ahead = read_ahead(batches, sd.side, args.frame, pool)
         for _ in batches:
-            with diffusion.timed(tally.times, "waiting for pictures"):
+            with attention_maps.timed(tally.times, "waiting for pictures"):
                 batch, pictures = next(ahead)
             new = {example.id for example in batch if example.id not in writer.done}
             whole, pixels = [], []
@@ -244,7 +250,7 @@ def run(
                 else:
                     tally.skipped[example.id] = " ".join(f"{type(picture).__name__}: {picture}".split())
             if any(example.id in new for example in whole):
-                found = diffusion.word_maps(
+                found = attention_maps.word_maps(
                     sd,
                     torch.stack(pixels),
                     [example.fields for example in whole],
@@ -255,7 +261,7 @@ def run(
                     args.content_norm,
                     tally.times,
                 )
-                with diffusion.timed(tally.times, "storing"):
+                with attention_maps.timed(tally.times, "storing"):
                     for example, result in zip(whole, found, strict=True):
                         if example.id in new:
                             writer.add(example.id, example.question, example.answer, *result)
@@ -280,8 +286,8 @@ def main(argv: list[str] | None = None) -> int:
         examples = data.load(args.data, args.data_root, args.split, args.captions)[: args.limit]
         sd_name = args.sd or data.SOURCES[args.data].sd
         recipe = recipe_of(args, sd_name)
-        sd = diffusion.load(sd_name, state.device, args.dtype)
-        diffusion.check_resolutions(sd, args.resolutions)
+        sd = attention_maps.load(sd_name, state.device, args.dtype)
+        attention_maps.check_resolutions(sd, args.resolutions)
         maps = Path(args.maps or f"maps/{args.data}")
         if args.compile:
             sd.unet.compile()

@@ -22,12 +22,14 @@ import lavender_min  # noqa: F401  first: it keeps bitsandbytes quiet
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from lavender_min import data, plan, runs, training
-from lavender_min.align import AGGREGATES, ALIGNERS
-from lavender_min.callbacks import StopOnSigterm, WordMapPictures
+from lavender_min import data
+from lavender_min.align.aligner import AGGREGATES, ALIGNERS
 from lavender_min.maps import MapStore
-from lavender_min.model import MATCHES
-from lavender_min.vision_cache import cache_vision
+from lavender_min.tuning import collator, memory, runs
+from lavender_min.tuning.callbacks import StopOnSigterm, WordMapPictures
+from lavender_min.tuning.model import MATCHES
+from lavender_min.tuning.trainer import LavenderTrainer
+from lavender_min.tuning.vision_cache import cache_vision
 
 
 def one_of(default: str, choices, help: str):
@@ -63,7 +65,7 @@ class Arguments:
     lambda_att: float = field(default=10.0, metadata={"help": "weight of the alignment loss; 0 only measures it"})
     match: str = one_of("exact", MATCHES, "align the words the model predicts right, or all")
     words: str = one_of("answer", ("answer", "all"), "align words of the answer, or of question and answer")
-    attend: str = one_of("predicting", training.ATTEND, "the rows that predict a word, or that read it")
+    attend: str = one_of("predicting", collator.ATTEND, "the rows that predict a word, or that read it")
     pretrain_aligner_steps: int = field(default=0, metadata={"help": "steps that train the Aligner only"})
     limit: int | None = field(default=None, metadata={"help": "take only the first N examples"})
     plan: bool = field(default=False, metadata={"help": "only say where a GPU's memory would go, and load nothing"})
@@ -138,7 +140,7 @@ def main() -> None:
     args, training_args = HfArgumentParser((Arguments, Training), description=__doc__).parse_args_into_dataclasses()
     flags = settle(args, training_args)
     if args.plan:
-        print(plan.describe(flags, training_args))
+        print(memory.describe(flags, training_args))
         return
     examples = data.load(args.data, args.data_root, args.split, args.captions)[: args.limit]
     store, frame = None, "whole"
@@ -149,7 +151,7 @@ def main() -> None:
             )
         store = MapStore(args.maps)
         frame = store.recipe["frame"]
-    dataset = training.MappedExamples(examples, store)
+    dataset = collator.MappedExamples(examples, store)
     if dataset.missing:
         print(f"{dataset.missing} of {len(examples)} examples have no maps and are left out", file=sys.stderr)
     with training_args.main_process_first():
@@ -162,11 +164,11 @@ def main() -> None:
     model.vlm.config.use_cache = False
     count = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in model.named_children()}
 
-    trainer = training.LavenderTrainer(
+    trainer = LavenderTrainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
-        data_collator=training.Collator(processor, model.host.config, host, frame, args.words, args.attend),
+        data_collator=collator.Collator(processor, model.host.config, host, frame, args.words, args.attend),
         processing_class=processor,
         pretrain_aligner_steps=args.pretrain_aligner_steps,
     )

@@ -75,8 +75,8 @@ def compile_only(capability: int) -> Iterator[list]:
 
 class _Layout(NamedTuple):
     index: torch.Tensor
-    rows: torch.Tensor
-    cols: torch.Tensor
+    resize_y: torch.Tensor
+    resize_x: torch.Tensor
 
 
 def word_case(dtype=torch.bfloat16, t=512, n=32, tiles=4, d=128, mask="float") -> None:

@@ -44,7 +44,7 @@ def check_word_attention(query, key, tokens, layout, attn_mask, is_causal) -> di
     sizes = check_shapes(
         op, query=(query, "b h t d"), key=(key, "b hkv p d"), tokens=(tokens, "b n"),
         **{"layout.index": (layout.index, "b hc wc")},
-        **{"layout.rows": (layout.rows, "b gy hc"), "layout.cols": (layout.cols, "b gx wc")},
+        **{"layout.resize_y": (layout.resize_y, "b gy hc"), "layout.resize_x": (layout.resize_x, "b gx wc")},
     )  # fmt: skip
     check_dtype(op, "query", query, HALF_OR_FULL)
     check_dtype(op, "key", key, (query.dtype,))

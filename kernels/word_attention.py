@@ -293,7 +293,7 @@ def word_attention(
     if not (sizes["n"] and sizes["b"]):
         return query.new_zeros(*(sizes[axis] for axis in ("b", "n", "h", "gy", "gx")), dtype=torch.float32)
     index, tokens = layout.index.int().contiguous(), tokens.int().contiguous()
-    rows, cols = layout.rows.float().contiguous(), layout.cols.float().contiguous()
+    rows, cols = layout.resize_y.float().contiguous(), layout.resize_x.float().contiguous()
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))  # each vector in one piece
     scale = sizes["d"] ** -0.5 if scale is None else scale
     return WordAttention.apply(query, key, tokens, index, rows, cols, mask, kind.value, scale)

@@ -4,7 +4,7 @@ A model sees a picture as numbered patches: with class tokens between them, in s
 two models can be compared on is a small square in picture order. Two pieces of plain data lead from one to the other:
 an index (which key is the patch at canvas row y, column x?) and one resampling matrix for rows and one for columns,
 
-    map[gy, gx] = Σ_y Σ_x rows[gy, y] · attention[index[y, x]] · cols[gx, x]
+    map[gy, gx] = Σ_y Σ_x resize_y[gy, y] · attention[index[y, x]] · resize_x[gx, x]
 
 Every host and every op shares this file, so a map means the same ground wherever it comes from. A picture that fills
 only part of its canvas (padding right and below) is handled by the matrices: they resample only that part.
@@ -23,8 +23,8 @@ class PatchLayout(NamedTuple):
     """How the keys of a batch lie on the canvas: data, not code, so one op serves every host."""
 
     index: Int32[Tensor, "b hc wc"]  # type: ignore[assignment]  # key of the patch at canvas (y, x); −1: none
-    rows: Float[Tensor, "b gy hc"]  # resampling of canvas rows
-    cols: Float[Tensor, "b gx wc"]  # resampling of canvas columns
+    resize_y: Float[Tensor, "b gy hc"]  # resampling of canvas rows to output rows
+    resize_x: Float[Tensor, "b gx wc"]  # resampling of canvas columns to output columns
 
     def to(self, device: torch.device | str) -> Self:
         return type(self)(*(part.to(device, non_blocking=True) for part in self))
@@ -57,9 +57,9 @@ def resize_matrix(
 
 def resize_map(map: Float[Tensor, "*lead y x"], g: int = MAP_SIDE) -> Float[Tensor, "*lead g g"]:
     """Resample whole maps, of any number of leading axes, to g×g."""
-    rows = resize_matrix(map.shape[-2], g).to(map)
-    cols = resize_matrix(map.shape[-1], g).to(map)
-    return rows @ map @ cols.mT
+    resize_y = resize_matrix(map.shape[-2], g).to(map)
+    resize_x = resize_matrix(map.shape[-1], g).to(map)
+    return resize_y @ map @ resize_x.mT
 
 
 def minmax(maps: Float[Tensor, "*lead y x"], eps: float = 1e-6) -> Float[Tensor, "*lead y x"]:

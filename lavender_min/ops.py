@@ -3,7 +3,7 @@
 `backend=None` takes Triton for CUDA tensors and PyTorch elsewhere. LAVENDER_BACKEND=triton|torch or the argument overrides it.
 The choice is logged once. With TRITON_INTERPRET=1 the kernels also run on a CPU, slowly: for tests.
 
-`layout` is a PatchLayout: index int32 [b, hc, wc], rows [b, gy, hc], cols [b, gx, wc]. A key may stand in one cell at most.
+`layout` is a PatchLayout: index int32 [b, hc, wc], resize_y [b, gy, hc], resize_x [b, gx, wc]. A key may stand in one cell at most.
 """
 
 import functools
@@ -63,7 +63,7 @@ def word_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "b n h gy gx"]:
-    """Attention of picked text tokens over the picture, one map a head: rows · A[..., index] · colsᵀ, in float32.
+    """Attention of picked text tokens over the picture, one map a head: resize_y · A[..., index] · resize_xᵀ, in float32.
 
     `tokens` picks rows of `query` (−1: padding, gives 0). The softmax runs over all keys; those of the layout are kept.
     Masks as in scaled_dot_product_attention; a row with no key left gives 0. Gradients reach query and key.

@@ -22,7 +22,7 @@ def word_attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Float[Tensor, "b n h gy gx"]:
-    """Attention of picked text tokens over the picture, one map a head: out = rows · A[..., index] · colsᵀ.
+    """Attention of picked text tokens over the picture, one map a head: out = resize_y · A[..., index] · resize_xᵀ.
 
     1. Rows first: only the n picked tokens are scored, so the largest tensor is [b, h, n, p], never [b, h, t, p].
     2. A is the softmax over all keys; query head i reads key head i // (h / hkv), so K is never repeated.
@@ -57,7 +57,7 @@ def word_attention(
     canvas = attention.gather(-1, cell).unflatten(-1, layout.index.shape[1:])
     if (layout.index < 0).any():
         canvas = canvas.masked_fill(rearrange(layout.index < 0, "b y x -> b 1 1 y x"), 0)
-    rows, cols = (rearrange(matrix.to(dtype), "b g c -> b 1 1 g c") for matrix in (layout.rows, layout.cols))
+    rows, cols = (rearrange(matrix.to(dtype), "b g c -> b 1 1 g c") for matrix in (layout.resize_y, layout.resize_x))
     out = rows @ canvas @ cols.mT
     return rearrange(out.masked_fill(nothing[..., None], 0), "b h n gy gx -> b n h gy gx")
 

@@ -1,7 +1,7 @@
 """How well the toy Stable Diffusion finds what a word names, by recipe, resolution and normalisation.
 
-    python -m lavender_min.localise --scenes 500                    on held-out scenes: what to report
-    python -m lavender_min.localise --scenes 500 --split tune       on other scenes: what to choose by
+    python -m lavender_min.evaluation.localise --scenes 500                    on held-out scenes: what to report
+    python -m lavender_min.evaluation.localise --scenes 500 --split tune       on other scenes: what to choose by
 
 Prints a Markdown table: on the scenes' captions, the share of words whose map is largest inside their mask (the pointing
 game), the share of the map's mass in there, and seconds a picture. Chance stands in the first row. Every recipe is run
@@ -15,9 +15,9 @@ from collections.abc import Iterable
 import torch
 from tqdm import tqdm
 
-from lavender_min import diffusion
+from lavender_min.evaluation.measures import WORD_KINDS, mass_inside, pointing
 from lavender_min.geometry import MAP_SIDE
-from lavender_min.measure import WORD_KINDS, mass_inside, pointing
+from lavender_min.teachers import attention_maps
 from lavender_min.toy import data, models
 
 ASKED: dict[str, tuple[str, dict]] = {
@@ -38,13 +38,13 @@ def localise(sd, examples, recipe: str, settings: dict, readings: list[Reading],
     masks, kinds, seconds = [], [], 0.0
     for start in tqdm(range(0, len(examples), batch), desc=recipe, leave=False):
         some = examples[start : start + batch]
-        pixels = torch.stack([diffusion.frame_image(example.image(), sd.side) for example in some])
+        pixels = torch.stack([attention_maps.frame_image(example.image(), sd.side) for example in some])
         fields, ids = [example.fields for example in some], [example.id for example in some]
         began = time.perf_counter()
-        recorded = diffusion.record(sd, pixels, fields, ids, recipe, settings)
+        recorded = attention_maps.record(sd, pixels, fields, ids, recipe, settings)
         seconds += time.perf_counter() - began
         known = []  # the words that have a mask, as (picture, place)
-        for i, (id, words) in enumerate(zip(ids, diffusion.read(recorded), strict=True)):
+        for i, (id, words) in enumerate(zip(ids, attention_maps.read(recorded), strict=True)):
             truth = data.word_masks(id, MAP_SIDE)
             for place, word in enumerate(words.words):
                 kind = next((kind for kind, texts in WORD_KINDS.items() if word.text in texts), None)
@@ -53,7 +53,7 @@ def localise(sd, examples, recipe: str, settings: dict, readings: list[Reading],
                     masks.append(torch.from_numpy(truth[word[1:]]))
                     kinds.append(kind)
         for side, content_norm in readings:
-            found = diffusion.read(recorded, None if side is None else {side: 1.0}, content_norm)
+            found = attention_maps.read(recorded, None if side is None else {side: 1.0}, content_norm)
             maps[side, content_norm] += [found[i].maps[place] for i, place in known]
     true = torch.stack(masks)
     scores = {}
@@ -66,7 +66,7 @@ def localise(sd, examples, recipe: str, settings: dict, readings: list[Reading],
 
 def table(scenes: int, sd_name: str, split: str = "heldout", names: Iterable[str] | None = None) -> tuple[str, float]:
     """The Markdown table of ASKED, or some of it, and the best pointing score for shape words."""
-    sd = diffusion.load(sd_name)
+    sd = attention_maps.load(sd_name)
     examples = [data.example(f"{split}-{i:05d}-caption") for i in range(scenes)]
     readings: list[Reading] = [(side, norm) for norm in (False, True) for side in (None, *sd.map_sides)]
     found = []  # (what was asked, reading, scores, seconds)

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from lavender_min.data import Example
 from lavender_min.geometry import MAP_SIDE, minmax
 from lavender_min.maps import MAX_ENTROPY, MapStore, StoredMaps, entropy
-from lavender_min.model import Lavender
 from lavender_min.toy.world import COLORS, SHAPES, SIZES
-from lavender_min.training import Collator, chat
+from lavender_min.tuning.collator import Collator, chat
+from lavender_min.tuning.model import Lavender
 
 WORD_KINDS = {"shape": set(SHAPES), "color": set(COLORS), "size": set(SIZES)}
 Masks = Callable[

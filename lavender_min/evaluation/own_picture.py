@@ -16,13 +16,16 @@ from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 
-from lavender_min import draw, hosts, measure, runs
+from lavender_min import draw
 from lavender_min.data import BROKEN_PICTURE, Example, open_image
-from lavender_min.export import base_of
+from lavender_min.evaluation import measures
 from lavender_min.geometry import MAP_SIDE
+from lavender_min.hosts import base as hosts
 from lavender_min.maps import StoredMaps
-from lavender_min.model import Lavender
-from lavender_min.training import Collator
+from lavender_min.tuning import runs
+from lavender_min.tuning.collator import Collator
+from lavender_min.tuning.export import base_of
+from lavender_min.tuning.model import Lavender
 from lavender_min.words import Word, find_words
 
 COLUMNS = 6
@@ -62,15 +65,15 @@ def ask(
 ) -> tuple[str, list[Word], dict[str, Float[Tensor, "w g g"]]]:
     """The answer, its words, and each kind of map of every word (`Lavender.read`). "" asks for a caption."""
     example = Example("picture", lambda: image, question, "")
-    reply = measure.answer(model, processor, [example], 1, "answer", LONGEST)[0].strip()
+    reply = measures.answer(model, processor, [example], 1, "answer", LONGEST)[0].strip()
     words = find_words({"answer": reply})
     if not words:
         return reply, [], {}
     stored = StoredMaps(question, reply, words, torch.zeros(len(words), MAP_SIDE, MAP_SIDE), 0.0)
     batch = Collator(processor, model.host.config, host, attend=attend)([(example._replace(answer=reply), stored)])
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "targets", "word_tokens")}
-    with measure.autocast(model):
-        maps = model.read(**measure.to_device(inputs, model.host.device))
+    with measures.autocast(model):
+        maps = model.read(**measures.to_device(inputs, model.host.device))
     return reply, words, {kind: of[0].float().cpu() for kind, of in maps.items()}
 
 

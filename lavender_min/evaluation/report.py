@@ -21,7 +21,7 @@ from jaxtyping import Float  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from lavender_min import draw  # noqa: E402
-from lavender_min.measure import Sheet, interval  # noqa: E402
+from lavender_min.evaluation.measures import Sheet, interval  # noqa: E402
 
 Numbers = dict[str, float]
 CHANCE, SD, UNTUNED, PLAIN, LAVENDER = "an even map (chance)", "Stable Diffusion", "untuned", "plain tuning", "Lavender"

@@ -53,8 +53,8 @@ def collate_layouts(layouts: list[PatchLayout]) -> PatchLayout:
     right, below = ([n - x.index.shape[a] for x in layouts] for n, a in ((width, 2), (height, 1)))
     return PatchLayout(
         torch.cat([pad(x.index, (0, r, 0, d), value=-1) for x, r, d in zip(layouts, right, below, strict=True)]),
-        torch.cat([pad(x.rows, (0, d)) for x, d in zip(layouts, below, strict=True)]),
-        torch.cat([pad(x.cols, (0, r)) for x, r in zip(layouts, right, strict=True)]),
+        torch.cat([pad(x.resize_y, (0, d)) for x, d in zip(layouts, below, strict=True)]),
+        torch.cat([pad(x.resize_x, (0, r)) for x, r in zip(layouts, right, strict=True)]),
     )
 
 

@@ -30,9 +30,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from lavender_min.recipes import RECIPES
-from lavender_min.recording import Recorder
-from lavender_min.stable_diffusion import StableDiffusion, load
+from lavender_min.teachers.recipes import RECIPES
+from lavender_min.teachers.recording import Recorder
+from lavender_min.teachers.stable_diffusion import StableDiffusion, load
 from lavender_min.words import Window, Word, find_words, join_fields, windows
 
 __all__ = ["FRAMES", "RECIPES", "StableDiffusion", "frame_image", "load", "read", "record", "timed", "word_maps"]

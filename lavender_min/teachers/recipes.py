@@ -27,8 +27,8 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from lavender_min.recording import recording
-from lavender_min.stable_diffusion import StableDiffusion, ask
+from lavender_min.teachers.recording import recording
+from lavender_min.teachers.stable_diffusion import StableDiffusion, ask
 
 # Both schedules are spaced from the end, so that inversion stops at the very time step (999) where denoising starts;
 # with Stable Diffusion's own spacing it would stop at 801 and denoising start at 901.

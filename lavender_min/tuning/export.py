@@ -1,6 +1,6 @@
 """A tuned model as a plain Hugging Face folder, in which nothing of this package is left.
 
-    python -m lavender_min.export runs/flickr30k-qlora exported
+    python -m lavender_min.tuning.export runs/flickr30k-qlora exported
 
 The adapter is merged into the host's weights as they were published, not into their 4-bit form, so the folder loads with
 AutoModelForImageTextToText and AutoProcessor, and with whatever reads such folders (lmms-eval, for one). Takes as much memory as
@@ -15,7 +15,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lavender_min import runs
+from lavender_min.tuning import runs
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -46,7 +46,9 @@ def export(folder: Path, out: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        "python -m lavender_min.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m lavender_min.tuning.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dir", type=Path, help="the --output_dir of a run of train.py, or a PEFT adapter")
     parser.add_argument("out", type=Path, help="a new folder")

@@ -24,10 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForImageTextToText, MllamaConfig
 
-from lavender_min import ops, runs
+from lavender_min import ops
 from lavender_min.geometry import MAP_SIDE
 from lavender_min.hosts import mllama
-from lavender_min.model import Lavender
+from lavender_min.tuning import runs
+from lavender_min.tuning.model import Lavender
 
 GIB = 2**30
 CARDS = {"T4 16 GB": 14.7, "A10G 24 GB": 22.0, "A100 40 GB": 39.4, "A100 80 GB": 79.1}  # GiB that torch reports

@@ -13,9 +13,9 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lavender_min.align import Align, without_autocast
+from lavender_min.align.aligner import Align, without_autocast
 from lavender_min.geometry import PatchLayout, minmax
-from lavender_min.hosts import Sink, patch_count
+from lavender_min.hosts.base import Sink, patch_count
 
 MATCHES = ("exact", "all")
 

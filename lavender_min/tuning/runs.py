@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from lavender_min import hosts
-from lavender_min.align import Align
-from lavender_min.model import Lavender
+from lavender_min.align.aligner import Align
+from lavender_min.hosts import base as hosts
+from lavender_min.tuning.model import Lavender
 
 ALIGN_FILE = "lavender.safetensors"
 FLAGS_FILE = "lavender.json"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lavender_min import hosts
-from lavender_min.align import Align, Aligner, ParallelAttention, full_copy
+from lavender_min.align.aligner import Align, Aligner, ParallelAttention, full_copy
 from lavender_min.geometry import minmax
+from lavender_min.hosts import base as hosts
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,10 @@ def resample(attention, layout):
     """[b, h, n, p] -> [b, n, h, gy, gx], as everyone would: gather, then two products."""
     index = layout.index.long().flatten(1)
     canvas = attention.gather(-1, repeat(index, "b c -> b h n c", h=attention.shape[1], n=attention.shape[2]))
-    canvas = canvas.unflatten(-1, layout.index.shape[1:]).to(layout.rows.dtype)
-    return rearrange(layout.rows[:, None, None] @ canvas @ layout.cols.mT[:, None, None], "b h n y x -> b n h y x")
+    canvas = canvas.unflatten(-1, layout.index.shape[1:]).to(layout.resize_y.dtype)
+    return rearrange(
+        layout.resize_y[:, None, None] @ canvas @ layout.resize_x.mT[:, None, None], "b h n y x -> b n h y x"
+    )
 
 
 def eager(query, key, tokens, layout):

@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 from einops import einsum, rearrange
 from tiny_sd import explicit_maps, sharpen
 
-from lavender_min.recording import Recorder, recording
+from lavender_min.teachers.recording import Recorder, recording
 
 TURNS = 4
 

@@ -18,11 +18,11 @@ from measure import DEVICE, extra_peak_mib, write
 from torch import nn
 from transformers import AutoModelForImageTextToText, MllamaConfig
 
-from lavender_min import plan, runs
-from lavender_min.align import Align
+from lavender_min.align.aligner import Align
 from lavender_min.geometry import MAP_SIDE, resize_matrix
 from lavender_min.hosts import mllama
-from lavender_min.model import Lavender
+from lavender_min.tuning import memory, runs
+from lavender_min.tuning.model import Lavender
 
 MIB = 2**20
 CASES: dict[str, dict[str, Any]] = {
@@ -92,7 +92,7 @@ def random_host(config: MllamaConfig, dtype: torch.dtype, quantize: bool) -> Any
 
 
 def real_batch(config: MllamaConfig, b: int, tokens: int, answer: int) -> dict[str, Any]:
-    """`plan.make_batch` with numbers: the last tokens answer, the picture fills four tiles."""
+    """`memory.make_batch` with numbers: the last tokens answer, the picture fills four tiles."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     ids = torch.randint(3, config.text_config.vocab_size, (b, tokens))
     word_tokens = torch.arange(tokens - answer, tokens, dtype=torch.int32).expand(b, -1)[..., None].contiguous()
@@ -101,7 +101,7 @@ def real_batch(config: MllamaConfig, b: int, tokens: int, answer: int) -> dict[s
     matrix = resize_matrix(2 * side).expand(b, -1, -1).contiguous()
     batch = {
         name: torch.ones(value.shape, dtype=value.dtype)
-        for name, value in plan.make_batch(config, b, tokens, answer).items()
+        for name, value in memory.make_batch(config, b, tokens, answer).items()
         if name != "layout"
     } | {
         "input_ids": ids,
@@ -172,9 +172,9 @@ def run(shape: dict, folder: Any, b: int, tokens: int, answer: int, rank: int, r
         peak = extra + (before if gpu else sum(held.values()) + state + inputs)
         weights = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
         saved = saved_bytes(lambda model=model: model(**batch)["loss"], weights) if not gpu else 0
-        empty = plan.build(asked, dtype)
+        empty = memory.build(asked, dtype)
         empty.gradient_checkpointing_enable()
-        planned = plan.simulate(empty, plan.make_batch(config, b, tokens, answer), b * answer, optim, half)
+        planned = memory.simulate(empty, memory.make_batch(config, b, tokens, answer), b * answer, optim, half)
         rows.append((case, peak, max(alive.total() for alive in planned.peaks.values()), saved or planned.saved))
         if gpu:  # the next case's weights beside the host are its own
             del made[case]

@@ -11,15 +11,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lavender_min import data, hosts, look, measure, runs, training
+from lavender_min import data
+from lavender_min.evaluation import measures, own_picture
 from lavender_min.geometry import minmax
+from lavender_min.hosts import base as hosts
 from lavender_min.maps import MapStore, MapWriter
-from lavender_min.model import Lavender
 from lavender_min.toy import data as toy
 from lavender_min.toy import models as toy_models
+from lavender_min.tuning import collator, runs
+from lavender_min.tuning.model import Lavender
 from lavender_min.words import find_words
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def script(name):
@@ -205,8 +208,8 @@ def test_maps_are_those_of_the_words(world, host, tmp_path):
     vlm, processor, family = host
     examples = toy.load("heldout", 2)
     store_of(tmp_path, examples)
-    sheet = measure.make_sheet(examples, MapStore(tmp_path), toy.word_masks)
-    collator = training.Collator(processor, vlm.config, family)
+    sheet = measures.make_sheet(examples, MapStore(tmp_path), toy.word_masks)
+    collating = collator.Collator(processor, vlm.config, family)
 
     class Echo(Lavender):
         def read(self, word_rows, echo, **inputs):
@@ -214,19 +217,19 @@ def test_maps_are_those_of_the_words(world, host, tmp_path):
             return {"own": echo}
 
     def collate(rows):
-        batch = collator(rows)
+        batch = collating(rows)
         return batch | {"echo": batch["targets"]}
 
-    maps = measure.read_maps(Echo(vlm), collate, sheet, 5)
+    maps = measures.read_maps(Echo(vlm), collate, sheet, 5)
     torch.testing.assert_close(maps["own"], minmax(sheet.maps), rtol=0, atol=0)
 
     def lossy(rows):
-        batch = collator(rows)
+        batch = collating(rows)
         batch["word_rows"][0, 0] = -1
         return batch
 
     with pytest.raises(ValueError, match="lost a word"):
-        measure.read_maps(Echo(vlm), lossy, sheet, 5)
+        measures.read_maps(Echo(vlm), lossy, sheet, 5)
 
 
 def test_answers_are_the_greedy_ones(host):
@@ -234,7 +237,7 @@ def test_answers_are_the_greedy_ones(host):
     vlm, processor, _ = host
     model = Lavender(vlm).eval()
     examples = [e for e in toy.load("heldout", 1) if e.question][:3]
-    replies = measure.answer(model, processor, examples, 2)
+    replies = measures.answer(model, processor, examples, 2)
     longest = max(len(processor.tokenizer(e.answer, add_special_tokens=False)["input_ids"]) for e in examples)
     for example, reply in zip(examples, replies, strict=True):
         content = [{"type": "image"}, {"type": "text", "text": example.question}]
@@ -254,14 +257,14 @@ def test_a_model_of_broken_weights_is_an_error(host, world, tmp_path):
     vlm, processor, family = host
     examples = toy.load("heldout", 1)
     store_of(tmp_path, examples)
-    sheet = measure.make_sheet(examples, MapStore(tmp_path), toy.word_masks)
+    sheet = measures.make_sheet(examples, MapStore(tmp_path), toy.word_masks)
 
     class Broken(Lavender):
         def read(self, word_rows, **inputs):
             return {"own": torch.full((*word_rows.shape[:2], 32, 32), torch.nan)}
 
     with pytest.raises(ValueError, match="not numbers"):
-        measure.read_maps(Broken(vlm), training.Collator(processor, vlm.config, family), sheet, 8)
+        measures.read_maps(Broken(vlm), collator.Collator(processor, vlm.config, family), sheet, 8)
 
 
 def test_a_4_bit_host_is_read_and_asked_outside_training(world, tmp_path):
@@ -269,9 +272,9 @@ def test_a_4_bit_host_is_read_and_asked_outside_training(world, tmp_path):
     vlm, processor, family = hosts.load(str(world / "vlm"), quantize=True)
     examples = toy.load("heldout", 1)
     store_of(tmp_path, examples)
-    sheet = measure.make_sheet(examples, MapStore(tmp_path), toy.word_masks)
-    collator = training.Collator(processor, vlm.config, family)
-    numbers, maps = measure.measure(Lavender(vlm), processor, collator, sheet, 8, "4 bits")
+    sheet = measures.make_sheet(examples, MapStore(tmp_path), toy.word_masks)
+    collate = collator.Collator(processor, vlm.config, family)
+    numbers, maps = measures.measure(Lavender(vlm), processor, collate, sheet, 8, "4 bits")
     assert maps["own"].shape == sheet.maps.shape and "answers.all" in numbers["own"]
 
 
@@ -279,7 +282,7 @@ def test_a_4_bit_host_is_read_and_asked_outside_training(world, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def own_picture(tmp_path_factory):
+def mine(tmp_path_factory):
     path = tmp_path_factory.mktemp("own") / "mine.jpg"
     toy.load("heldout", 1)[0].image().resize((150, 90)).save(path)
     return str(path)
@@ -302,12 +305,12 @@ def tuned(world, tmp_path_factory):
     return run, alone, model.eval()
 
 
-def test_maps_of_an_answer_are_those_of_its_teacher_forced_rows(host, own_picture, monkeypatch):
+def test_maps_of_an_answer_are_those_of_its_teacher_forced_rows(host, mine, monkeypatch):
     """Held against the host's own eager attention at the rows that say each word, by hand."""
-    monkeypatch.setattr(look, "LONGEST", 20)
+    monkeypatch.setattr(own_picture, "LONGEST", 20)
     vlm, processor, family = host
-    image = look.picture(own_picture)
-    reply, words, maps = look.ask(Lavender(vlm).eval(), processor, family, "reading", image, "what is it")
+    image = own_picture.picture(mine)
+    reply, words, maps = own_picture.ask(Lavender(vlm).eval(), processor, family, "reading", image, "what is it")
     assert words and maps.keys() == {"own"} and maps["own"].shape == (len(words), 32, 32)
     assert [word.text for word in words] == [reply[word.start : word.end] for word in words]
 
@@ -333,14 +336,14 @@ def test_maps_of_an_answer_are_those_of_its_teacher_forced_rows(host, own_pictur
     for word, found_map in zip(words, maps["own"], strict=True):
         rows = [t for t, (a, b) in enumerate(offsets) if a < begin + word.end and b > begin + word.start]
         canvas = attention[rows].mean(0)[index.clamp(min=0)] * (index >= 0) * (index >= 0).sum()
-        torch.testing.assert_close(found_map, layout.rows[0] @ canvas @ layout.cols[0].T, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found_map, layout.resize_y[0] @ canvas @ layout.resize_x[0].T, rtol=1e-3, atol=1e-4)
 
 
-def test_an_own_picture_from_the_command_line(tuned, own_picture, world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(look, "LONGEST", 9)  # an untrained model does not stop by itself
+def test_an_own_picture_from_the_command_line(tuned, mine, world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(own_picture, "LONGEST", 9)  # an untrained model does not stop by itself
     run, alone, model = tuned
     said = {}
-    asked = ["--image", own_picture, "--question", "what is it", "--out"]
+    asked = ["--image", mine, "--question", "what is it", "--out"]
     for name, flags in {
         "untuned": ["--vlm", str(world / "vlm")],
         "run": ["--adapter", str(run)],
@@ -354,25 +357,25 @@ def test_an_own_picture_from_the_command_line(tuned, own_picture, world, tmp_pat
     high = {name: Image.open(tmp_path / name / "mine.png").height for name in said}
     assert high["run"] > high["adapter"]  # the Aligner's maps stand below the model's own
 
-    loaded, _, _, attend = look.load_tuned(None, str(run), torch.float32)
+    loaded, _, _, attend = own_picture.load_tuned(None, str(run), torch.float32)
     assert attend == "reading"
     for (name, a), b in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
-def test_one_line_about_a_bad_picture_or_adapter(own_picture, tmp_path, capsys, world):
+def test_one_line_about_a_bad_picture_or_adapter(mine, tmp_path, capsys, world):
     broken, empty = tmp_path / "broken.png", tmp_path / "empty"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     empty.mkdir()
     for argv, message in (
         (["--image", str(tmp_path / "no.png")], "no.png: there is no such file"),
         (["--image", str(broken)], "broken.png is not a picture that can be read"),
-        (["--image", own_picture, "--adapter", str(empty)], "holds no adapter_config.json"),
+        (["--image", mine, "--adapter", str(empty)], "holds no adapter_config.json"),
         (
-            ["--image", own_picture, "--adapter", str(empty), "--vlm", str(world / "vlm")],
+            ["--image", mine, "--adapter", str(empty), "--vlm", str(world / "vlm")],
             "holds no adapter_config.json",
         ),
-        (["--image", own_picture, "--vlm", str(empty)], "Unrecognized model"),
+        (["--image", mine, "--vlm", str(empty)], "Unrecognized model"),
         (["--question", "what is it"], "give --image too"),
     ):
         assert evaluate.main([*argv, "--out", str(tmp_path / "out")]) == 2, argv

@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny_sd import build_tiny_sd
 
-from lavender_min import diffusion, localise
+from lavender_min.evaluation import localise
+from lavender_min.evaluation.measures import WORD_KINDS
 from lavender_min.geometry import MAP_SIDE
-from lavender_min.measure import WORD_KINDS
+from lavender_min.teachers import attention_maps
 from lavender_min.toy import data
 
 
@@ -17,7 +18,7 @@ def folder(tmp_path_factory):
 
 def test_scores_equal_those_taken_word_by_word(folder):
     sd, examples = (
-        diffusion.load(folder),
+        attention_maps.load(folder),
         [data.example(f"tune-{i:05d}-caption") for i in range(6)],
     )  # the first with words of every kind
     readings = [(None, False), (8, True)]
@@ -26,8 +27,8 @@ def test_scores_equal_those_taken_word_by_word(folder):
     for side, content_norm in readings:
         hits = {kind: [] for kind in WORD_KINDS}
         for example in examples:
-            (found,) = diffusion.word_maps(
-                sd, diffusion.frame_image(example.image(), sd.side)[None], [example.fields], [example.id], "noise",
+            (found,) = attention_maps.word_maps(
+                sd, attention_maps.frame_image(example.image(), sd.side)[None], [example.fields], [example.id], "noise",
                 {"timesteps": [300]}, side and {side: 1.0}, content_norm,
             )  # fmt: skip
             masks = data.word_masks(example.id, MAP_SIDE)

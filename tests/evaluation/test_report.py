@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lavender_min import measure, report
 from lavender_min.data import Example
+from lavender_min.evaluation import measures, report
+from lavender_min.evaluation.measures import Sheet
 from lavender_min.maps import MapStore, MapWriter
-from lavender_min.measure import Sheet
 from lavender_min.toy import data as toy
 from lavender_min.words import find_words
 
@@ -36,32 +36,32 @@ def test_pointing_right_wrong_and_tied():
     masks = block(4, 8, 4).expand(4, G, G)
     half = one_cell(5, 9) + one_cell(20, 20)  # two largest cells, one of them inside
     maps = torch.stack([one_cell(4, 8), one_cell(8, 8), half, torch.ones(G, G)])
-    assert measure.pointing(maps, masks).tolist() == [1.0, 0.0, 0.5, 16 / 1024]
+    assert measures.pointing(maps, masks).tolist() == [1.0, 0.0, 0.5, 16 / 1024]
 
 
 def test_mass_inside():
     masks = block(0, 0, 16).expand(3, G, G)
     maps = torch.stack([torch.ones(G, G), 0.25 * one_cell(0, 0) + 0.75 * one_cell(31, 31), torch.zeros(G, G)])
-    assert measure.mass_inside(maps, masks).tolist() == [0.25, 0.25, 0.0]
+    assert measures.mass_inside(maps, masks).tolist() == [0.25, 0.25, 0.0]
 
 
 def test_alignment_own_and_others():
     """Two things a picture, one cell each: a map equal to its target has error 0, and 2 cells of 1024 against the other."""
     masks = torch.stack([block(0, 0, 2), block(0, 0, 2), block(10, 10, 2), block(0, 0, 2)])
     targets = torch.stack([one_cell(0, 0, 0.3), one_cell(1, 1, 0.7), one_cell(10, 10, 0.1), one_cell(0, 0)])
-    own, other = measure.alignment(targets, targets, masks, ["a", "a", "a", "b"])
+    own, other = measures.alignment(targets, targets, masks, ["a", "a", "a", "b"])
     assert own[:3].abs().max() < 1e-9
     # Words 0 and 1 name the same thing, so only word 2 counts against them; both count against word 2.
     torch.testing.assert_close(other[:3], torch.full((3,), 2 / 1024), rtol=1e-4, atol=0)
     assert own[3].isnan() and other[3].isnan()  # alone in its picture
-    swapped, _ = measure.alignment(targets[[2, 1, 0, 3]], targets, masks, ["a", "a", "a", "b"])
+    swapped, _ = measures.alignment(targets[[2, 1, 0, 3]], targets, masks, ["a", "a", "a", "b"])
     torch.testing.assert_close(swapped[:3], torch.tensor([2, 0, 2]) / 1024, rtol=1e-4, atol=1e-9)
 
 
 def test_alignment_is_a_mean_over_the_others():
     masks = torch.stack([block(0, 0, 2), block(10, 10, 2), block(20, 20, 2)])
     maps = torch.rand(3, G, G, generator=torch.Generator().manual_seed(0))
-    own, other = measure.alignment(maps, maps.flip(0), masks, ["a"] * 3)
+    own, other = measures.alignment(maps, maps.flip(0), masks, ["a"] * 3)
     stretched = [(m - m.min()) / (m.max() - m.min()) for m in maps]
     aims = stretched[::-1]
     assert own[0].item() == pytest.approx(((stretched[0] - aims[0]) ** 2).mean().item(), rel=1e-4)
@@ -77,12 +77,12 @@ def sheet_of(masks, maps, kinds, pictures):
 def test_map_numbers_of_even_and_perfect_maps():
     masks = torch.stack([block(0, 0, 8), block(16, 16, 4)])
     sheet = sheet_of(masks, masks.float(), ["shape", "color"], ["a", "a"])
-    chance, even = measure.chance_numbers(sheet), measure.map_numbers(torch.ones(2, G, G), sheet)
+    chance, even = measures.chance_numbers(sheet), measures.map_numbers(torch.ones(2, G, G), sheet)
     for key in chance:
         assert chance[key] == pytest.approx(even[key], rel=1e-6), key
     assert even["entropy.all"] == pytest.approx(math.log(1024), rel=1e-6)
     assert (chance["mass.shape"], chance["pointing.color"]) == (64 / 1024, 16 / 1024)
-    perfect = measure.map_numbers(masks.float(), sheet)
+    perfect = measures.map_numbers(masks.float(), sheet)
     assert perfect["pointing.all"] == perfect["mass.all"] == 1
     assert perfect["entropy.shape"] == pytest.approx(math.log(64), rel=1e-5)
     assert perfect["mse.own"] < 1e-9 and perfect["mse.others"] == pytest.approx(80 / 1024, rel=1e-4)
@@ -90,13 +90,13 @@ def test_map_numbers_of_even_and_perfect_maps():
 
 
 def test_answers_are_right_as_a_whole():
-    assert measure.same("  The circle  is RED\n", "the circle is red")
-    assert not measure.same("the circle is red .", "the circle is red")
-    assert not measure.same("red", "the circle is red") and not measure.same("", "the circle is red")
+    assert measures.same("  The circle  is RED\n", "the circle is red")
+    assert not measures.same("the circle is red .", "the circle is red")
+    assert not measures.same("red", "the circle is red") and not measures.same("", "the circle is red")
     examples = [
         Example(f"heldout-{i:05d}-{kind}", None, "?", "yes") for i, kind in enumerate(["color", "color", "count"])
     ]
-    numbers = measure.answer_numbers(examples, ["yes", "no", "Yes "])
+    numbers = measures.answer_numbers(examples, ["yes", "no", "Yes "])
     assert numbers == {"answers.all": 2 / 3, "answers.color": 0.5, "answers.count": 1.0}
 
 
@@ -108,7 +108,7 @@ def test_the_sheet_holds_the_words_of_answers_that_name_something(tmp_path):
             maps = torch.arange(len(words)).float()[:, None, None].expand(-1, G, G)  # each holds its own number
             writer.add(example.id, example.question, example.answer, words, maps, 0.9)
     store = MapStore(tmp_path)
-    sheet = measure.make_sheet(examples, store, toy.word_masks)
+    sheet = measures.make_sheet(examples, store, toy.word_masks)
     assert sheet.place == sorted(sheet.place) and sheet.maps.shape == sheet.masks.shape == (len(sheet.texts), G, G)
     for n, (e, w) in enumerate(sheet.place):
         example = examples[e]
@@ -127,7 +127,7 @@ def test_the_sheet_holds_the_words_of_answers_that_name_something(tmp_path):
     expected = sum(key[0] == "answer" and mask.any() for e in examples for key, mask in toy.word_masks(e.id, G).items())
     assert len(sheet.texts) == expected
     with pytest.raises(ValueError, match="no maps for 6 of 24 examples, heldout-00003-caption the first"):
-        measure.make_sheet(toy.load("heldout", 4), store, toy.word_masks)
+        measures.make_sheet(toy.load("heldout", 4), store, toy.word_masks)
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
@@ -136,7 +136,7 @@ def test_the_sheet_holds_the_words_of_answers_that_name_something(tmp_path):
 @pytest.mark.parametrize("freedom", range(1, 31))
 def test_t_table_against_the_density(freedom):
     """Simpson's rule over Student's density from 0 to t gives 0.475."""
-    x = np.linspace(0, measure.T95[freedom - 1], 20001)
+    x = np.linspace(0, measures.T95[freedom - 1], 20001)
     log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
     y = np.exp(log_scale - (freedom + 1) / 2 * np.log1p(x * x / freedom))
     area = (y[0] + y[-1] + 4 * y[1:-1:2].sum() + 2 * y[2:-1:2].sum()) * (x[1] - x[0]) / 3
@@ -145,10 +145,10 @@ def test_t_table_against_the_density(freedom):
 
 def test_interval_of_students_sleep_data():
     """Student (1908): additional hours of sleep, ten patients; R's t.test(paired = TRUE) gives 0.7001142 to 2.4598858."""
-    mean, half = measure.interval([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4])
+    mean, half = measures.interval([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4])
     assert mean == pytest.approx(1.58) and mean - half == pytest.approx(0.7001142, abs=3e-4)
-    assert measure.interval([0.5]) == (0.5, None)
-    assert measure.interval([2.0, 2.0, 2.0]) == (2.0, 0.0)
+    assert measures.interval([0.5]) == (0.5, None)
+    assert measures.interval([2.0, 2.0, 2.0]) == (2.0, 0.0)
 
 
 def runs_of(**columns):
@@ -214,7 +214,7 @@ def tiny_sheet():
     for e in with_words:
         for (_, start, end), mask in sorted((k, m) for k, m in toy.word_masks(e.id, G).items() if k[0] == "answer"):
             rows.append((e, e.answer[start:end], torch.from_numpy(mask)))
-    kinds = [next((k for k, words in measure.WORD_KINDS.items() if text in words), "") for _, text, _ in rows]
+    kinds = [next((k for k, words in measures.WORD_KINDS.items() if text in words), "") for _, text, _ in rows]
     masks = torch.stack([mask for *_, mask in rows])
     place = [(with_words.index(e), 0) for e, *_ in rows]
     texts, pictures = [text for _, text, _ in rows], [e.id[:13] for e, *_ in rows]

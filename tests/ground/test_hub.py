@@ -2,7 +2,8 @@
 
 import pytest
 
-from lavender_min import hosts, hub
+from lavender_min import hub
+from lavender_min.hosts import base as hosts
 
 
 @pytest.fixture

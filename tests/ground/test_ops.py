@@ -1,19 +1,13 @@
 """The PyTorch reference against first principles: float64 loops, scaled_dot_product_attention, autograd, gradcheck."""
 
 import logging
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from lavender_min import ops, reference
-
-
-class Layout(NamedTuple):
-    index: torch.Tensor
-    rows: torch.Tensor
-    cols: torch.Tensor
+from lavender_min.geometry import PatchLayout
 
 
 def draw_layout(b, hc, wc, gy, gx, p, holes=0.2, dtype=torch.float64, seed=0):
@@ -22,7 +16,7 @@ def draw_layout(b, hc, wc, gy, gx, p, holes=0.2, dtype=torch.float64, seed=0):
     index = torch.stack([torch.randperm(p, generator=draw)[: hc * wc].reshape(hc, wc) for _ in range(b)]).int()
     index[torch.rand(b, hc, wc, generator=draw) < holes] = -1
     rows, cols = (torch.rand(b, g, c, generator=draw, dtype=dtype) for g, c in ((gy, hc), (gx, wc)))
-    return Layout(index, rows / rows.sum(-1, keepdim=True), cols / cols.sum(-1, keepdim=True))
+    return PatchLayout(index, rows / rows.sum(-1, keepdim=True), cols / cols.sum(-1, keepdim=True))
 
 
 def draw_qk(b=2, h=4, hkv=2, t=6, p=15, d=5, dtype=torch.float64, seed=0):
@@ -45,7 +39,7 @@ def slow_word_attention(query, key, tokens, layout, attn_mask=None, is_causal=Fa
             for head in range(h):
                 row = torch.cat([full[i, head, token], full.new_zeros(1)])  # index −1 reads the 0 at the end
                 picked = row[layout.index[i].long()]
-                out.append(layout.rows[i] @ picked @ layout.cols[i].T * (token >= 0))
+                out.append(layout.resize_y[i] @ picked @ layout.resize_x[i].T * (token >= 0))
     return torch.stack(out).unflatten(0, (b, tokens.shape[1], h))
 
 
@@ -102,7 +96,7 @@ def test_rows_with_no_key_left_are_zero_and_send_no_nan_back(kind):
 
 def test_a_float_mask_of_finfo_min_everywhere_spreads_evenly_as_in_sdpa():
     query, key = draw_qk(dtype=torch.float32)
-    layout = Layout(
+    layout = PatchLayout(
         torch.arange(15, dtype=torch.int32).view(1, 3, 5).repeat(2, 1, 1),
         *(torch.eye(n).repeat(2, 1, 1) for n in (3, 5)),
     )

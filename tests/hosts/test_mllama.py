@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, MllamaConfig
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from lavender_min import hosts
 from lavender_min.geometry import MAP_SIDE
+from lavender_min.hosts import base as hosts
 from lavender_min.hosts import mllama
-from lavender_min.model import per_word
 from lavender_min.toy import data
-from lavender_min.training import Collator, MappedExamples, frame_box
+from lavender_min.tuning.collator import Collator, MappedExamples, frame_box
+from lavender_min.tuning.model import per_word
 
 MODEL_INPUTS = (
     "input_ids",
@@ -110,7 +110,7 @@ def marked_keys(image: Image.Image) -> torch.Tensor:
 def seen_map(attention: torch.Tensor, layout: hosts.PatchLayout) -> torch.Tensor:
     index = layout.index[0].long()
     canvas = torch.where(index >= 0, attention[index.clamp(min=0)], 0.0)
-    return layout.rows[0] @ canvas @ layout.cols[0].T
+    return layout.resize_y[0] @ canvas @ layout.resize_x[0].T
 
 
 RATIOS = {(1, 1): (500, 520), (1, 2): (1000, 500), (1, 3): (1500, 480), (1, 4): (2100, 500), (2, 1): (500, 1000),

@@ -53,7 +53,7 @@ def eager(query, key, tokens, layout, *, attn_mask=None, is_causal=False, scale=
     full = torch.nan_to_num(scores.softmax(-1))
     full = torch.cat([full, full.new_zeros(b, h, t, 1)], -1)
     picked = torch.stack([full[i][:, tokens[i].long()][..., layout.index[i].long()] for i in range(b)])
-    rows, cols = layout.rows.to(query.dtype), layout.cols.to(query.dtype)
+    rows, cols = layout.resize_y.to(query.dtype), layout.resize_x.to(query.dtype)
     out = torch.einsum("bhnyx,buy,bvx->bnhuv", picked, rows, cols)
     return out.masked_fill((tokens < 0)[..., None, None, None], 0)
 
@@ -78,7 +78,7 @@ def check_word(seed=0, dtype=torch.float32, scale=None, is_causal=False, attn_ma
     wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
     got = with_gradients(ops.word_attention, (query, key), tokens, layout, attn_mask=mask, backend="triton", **options)
     low = with_gradients(eager, (query, key), tokens, layout, attn_mask=mask, **options)
-    double = PatchLayout(layout.index, layout.rows.double(), layout.cols.double())
+    double = PatchLayout(layout.index, layout.resize_y.double(), layout.resize_x.double())
     inputs = (query.double(), key.double())
     exact = with_gradients(reference.word_attention, inputs, tokens, double, attn_mask=wide, **options)
     assert got[0].dtype == torch.float32 and got[1].dtype == dtype and got[1].stride() == query.stride()
@@ -210,7 +210,7 @@ def test_word_attention_of_no_tokens_and_limits():
     assert ops.word_attention(query, key, tokens[:, :0], layout, backend="triton").shape == (2, 0, 4, 4, 3)
     with pytest.raises(ValueError, match="query should be float32 or float16 or bfloat16; got float64"):
         ops.word_attention(query.double(), key.double(), tokens, layout, backend="triton")
-    wide = layout._replace(cols=layout.cols.new_zeros(2, 129, 5))
+    wide = layout._replace(resize_x=layout.resize_x.new_zeros(2, 129, 5))
     with pytest.raises(ValueError, match="takes gx up to 128; got 129; use backend='torch'"):
         ops.word_attention(query, key, tokens, wide, backend="triton")
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, run_script
-from test_maps import RECIPE, fill, row, same
+from test_map_store import RECIPE, fill, row, same
 
 from lavender_min.maps import MapStore, MapWriter, store
 from lavender_min.maps.__main__ import main

@@ -9,8 +9,9 @@ from einops import einsum
 from PIL import Image
 from tiny_sd import IDS, LENGTH, NOISE, TEXTS, build_tiny_sd, explicit_maps
 
-from lavender_min import diffusion, hub, recipes, stable_diffusion
-from lavender_min.recording import Recorder, recording
+from lavender_min import hub
+from lavender_min.teachers import attention_maps, recipes, stable_diffusion
+from lavender_min.teachers.recording import Recorder, recording
 from lavender_min.words import find_words, join_fields, windows
 
 
@@ -127,18 +128,18 @@ def test_join_fields_drops_empty_parts():
 
 def test_one_recording_read_in_several_ways(tiny_sd, pixels):
     """Reading some layers of what was recorded from all equals recording these layers alone."""
-    recorded = diffusion.record(tiny_sd, pixels, TEXTS, IDS, "noise", NOISE)
+    recorded = attention_maps.record(tiny_sd, pixels, TEXTS, IDS, "noise", NOISE)
     assert set(recorded.maps) == {8, 4} and recorded.layers[4] == 4 and recorded.layers[8] == 3
     for resolutions in (None, {8: 1.0}, {8: 1.0, 4: 0.5}):
-        alone = diffusion.word_maps(tiny_sd, pixels, TEXTS, IDS, "noise", NOISE, resolutions)
-        for a, b in zip(diffusion.read(recorded, resolutions), alone, strict=True):
+        alone = attention_maps.word_maps(tiny_sd, pixels, TEXTS, IDS, "noise", NOISE, resolutions)
+        for a, b in zip(attention_maps.read(recorded, resolutions), alone, strict=True):
             assert a.words == b.words and a.sos == pytest.approx(b.sos, rel=1e-5)
             torch.testing.assert_close(a.maps, b.maps, atol=1e-7, rtol=1e-5)
 
 
 def test_content_norm_shares_every_pixel_among_the_tokens_of_the_words(tiny_sd, pixels):
     plain, shared = (
-        diffusion.word_maps(tiny_sd, pixels, TEXTS, IDS, "noise", NOISE, content_norm=on) for on in (False, True)
+        attention_maps.word_maps(tiny_sd, pixels, TEXTS, IDS, "noise", NOISE, content_norm=on) for on in (False, True)
     )
     tokens = [[1] * 7, [2, 1, 9, 1, 1, 1, 1, 9, 3], [1]]  # "turquoise" falls to letters
     for was, now, n in zip(plain, shared, tokens, strict=True):
@@ -154,22 +155,22 @@ def test_no_pass_has_more_rows_than_there_are_pictures(tiny_sd, pixels, monkeypa
     rows, plain = [], recipes.ask
     monkeypatch.setattr(recipes, "ask", lambda sd, x, t, text: rows.append(len(x)) or plain(sd, x, t, text))
     long = {"question": "Is the turquoise cat with the turquoise dog?", "answer": "turquoise " * 4}
-    (alone,) = diffusion.word_maps(tiny_sd, pixels[:1], [long], ["x"], "invert", {"inversion_steps": 2})
+    (alone,) = attention_maps.word_maps(tiny_sd, pixels[:1], [long], ["x"], "invert", {"inversion_steps": 2})
     assert len(rows) > 4 and set(rows) == {1}
-    together = diffusion.word_maps(tiny_sd, pixels[:2], [long] * 2, ["x", "y"], "invert", {"inversion_steps": 2})
+    together = attention_maps.word_maps(tiny_sd, pixels[:2], [long] * 2, ["x", "y"], "invert", {"inversion_steps": 2})
     assert set(rows) == {1, 2}
     torch.testing.assert_close(together[0].maps, alone.maps, atol=2e-5, rtol=1e-3)
 
 
 def test_time_is_told_by_phase(tiny_sd, pixels):
     times = {}
-    diffusion.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], "noise", NOISE, times=times)
+    attention_maps.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], "noise", NOISE, times=times)
     assert set(times) == {"text", "VAE", "UNet", "reading"} and min(times.values()) > 0
 
 
 def test_unknown_resolutions_are_refused(tiny_sd, pixels):
     with pytest.raises(ValueError, match=r"attends to text at \[8, 4\]; got \[16\]"):
-        diffusion.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], resolutions={16: 1.0})
+        attention_maps.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], resolutions={16: 1.0})
 
 
 # ---- numbers, memory, speed -----------------------------------------------------------------------------------------
@@ -178,24 +179,24 @@ def test_unknown_resolutions_are_refused(tiny_sd, pixels):
 @pytest.mark.parametrize("recipe, settings", [("noise", NOISE), ("null-text", {"steps": 3, "inner_steps": 2})])
 def test_half_precision_keeps_the_maps(tmp_path, tiny_sd, pixels, recipe, settings):
     folder = build_tiny_sd(tmp_path)
-    exact = diffusion.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], recipe, settings)[0].maps
+    exact = attention_maps.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], recipe, settings)[0].maps
     for dtype, error in (("bf16", 0.1), ("fp32", 1e-6)):
-        sd = diffusion.load(str(folder), dtype=dtype)
+        sd = attention_maps.load(str(folder), dtype=dtype)
         assert {part.dtype for part in (sd.unet, sd.vae, sd.text_encoder)} == {stable_diffusion.DTYPES[dtype]}
-        maps = diffusion.word_maps(sd, pixels[:1], TEXTS[:1], IDS[:1], recipe, settings)[0].maps
+        maps = attention_maps.word_maps(sd, pixels[:1], TEXTS[:1], IDS[:1], recipe, settings)[0].maps
         assert maps.dtype == torch.float32 and (maps - exact).abs().max() <= error * exact.max()
 
 
 @pytest.mark.slow
 def test_a_compiled_unet_is_one_graph_and_gives_the_same_maps(tmp_path, tiny_sd, pixels):
     """The graph is taken as it would be for a GPU, and run as it is ("eager": no code is generated)."""
-    sd = diffusion.load(str(build_tiny_sd(tmp_path)))
+    sd = attention_maps.load(str(build_tiny_sd(tmp_path)))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     sd.unet.compile(backend="eager")
     for ids in (["one"], ["another"]):  # another noise
-        (found,) = diffusion.word_maps(sd, pixels[:1], TEXTS[:1], ids, "noise", NOISE)
-        (expected,) = diffusion.word_maps(tiny_sd, pixels[:1], TEXTS[:1], ids, "noise", NOISE)
+        (found,) = attention_maps.word_maps(sd, pixels[:1], TEXTS[:1], ids, "noise", NOISE)
+        (expected,) = attention_maps.word_maps(tiny_sd, pixels[:1], TEXTS[:1], ids, "noise", NOISE)
         torch.testing.assert_close(found.maps, expected.maps, atol=2e-5, rtol=1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -222,22 +223,22 @@ def test_frames():
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 255  # the middle third is white
     image = Image.fromarray(wide)
-    whole = diffusion.frame_image(image, 30)
+    whole = attention_maps.frame_image(image, 30)
     assert whole.shape == (3, 30, 30) and whole.dtype == torch.float32
     assert whole[:, :, 12:18].min() == 1 and whole[:, :, :8].max() == -1
-    assert diffusion.frame_image(image, 16, "crop").min() == 1  # only the white square is left
-    assert diffusion.frame_image(image.convert("L"), 8).shape == (3, 8, 8)
+    assert attention_maps.frame_image(image, 16, "crop").min() == 1  # only the white square is left
+    assert attention_maps.frame_image(image.convert("L"), 8).shape == (3, 8, 8)
 
 
 def test_missing_models_are_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(OSError, match="--sd .*is not there; it must hold tokenizer, text_encoder, vae, unet"):
-        diffusion.load(str(tmp_path / "nothing"))
+        attention_maps.load(str(tmp_path / "nothing"))
     (tmp_path / "unet").mkdir()
     with pytest.raises(OSError, match="lacks tokenizer, text_encoder, vae, scheduler"):
-        diffusion.load(str(tmp_path))
+        attention_maps.load(str(tmp_path))
     with pytest.raises(OSError, match=r"cannot load Stable Diffusion nobody/no-such-model: .*--data toy") as error:
-        diffusion.load("nobody/no-such-model")
+        attention_maps.load("nobody/no-such-model")
     assert "offline mode" in str(error.value)  # and why
     assert "\n" not in str(error.value)
 
@@ -250,7 +251,7 @@ def test_no_network_is_found_out_at_once(monkeypatch):
     with pytest.raises(
         OSError, match=r"no-such-model: huggingface.co says: \[Errno -2\] Name or service not known. To"
     ):
-        diffusion.load("nobody/no-such-model")
+        attention_maps.load("nobody/no-such-model")
 
 
 def test_a_folder_with_a_part_of_nothing_in_it(tmp_path):
@@ -258,8 +259,8 @@ def test_a_folder_with_a_part_of_nothing_in_it(tmp_path):
     for file in (tmp_path / "tokenizer").iterdir():
         file.unlink()
     with pytest.raises(OSError, match="cannot load Stable Diffusion .*: the tokenizer's files are missing"):
-        diffusion.load(str(tmp_path))
+        attention_maps.load(str(tmp_path))
     build_tiny_sd(tmp_path)
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(OSError, match="cannot load Stable Diffusion .*diffusion_pytorch_model"):
-        diffusion.load(str(tmp_path))
+        attention_maps.load(str(tmp_path))

@@ -21,7 +21,7 @@ from tiny_sd import build_tiny_sd
 
 from lavender_min.maps import MapStore
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SPEC = spec_from_file_location("extract", ROOT / "extract.py")
 extract = module_from_spec(SPEC)
 SPEC.loader.exec_module(extract)
@@ -188,8 +188,8 @@ def test_auto_goes_on_with_the_batches_the_store_was_begun_with(world, tmp_path,
 
 
 def test_the_heaviest_batch_is_one_full_window_a_picture(world, monkeypatch):
-    sd, seen, plain = extract.diffusion.load(str(world / "sd")), [], extract.diffusion.Recorder
-    monkeypatch.setattr(extract.diffusion, "Recorder", lambda *args: seen.append(args[0].shape) or plain(*args))
+    sd, seen, plain = extract.attention_maps.load(str(world / "sd")), [], extract.attention_maps.Recorder
+    monkeypatch.setattr(extract.attention_maps, "Recorder", lambda *args: seen.append(args[0].shape) or plain(*args))
     extract.heaviest_batch(sd, {"recipe": "noise", "settings": {"timesteps": [9]}}, 2)
     length = sd.tokenizer.model_max_length
     assert seen == [(2, length, length - 1)]  # its words, and SOS
@@ -288,7 +288,7 @@ def test_wrong_stores_are_one_line(world, tmp_path, capsys):
     ],
 )
 def test_stopping_in_the_middle_keeps_what_is_done(world, tmp_path, capsys, monkeypatch, error, code, message):
-    plain, calls = extract.diffusion.word_maps, []
+    plain, calls = extract.attention_maps.word_maps, []
 
     def fails_later(*args):
         calls.append(1)
@@ -296,7 +296,7 @@ def test_stopping_in_the_middle_keeps_what_is_done(world, tmp_path, capsys, monk
             raise error
         return plain(*args)
 
-    monkeypatch.setattr(extract.diffusion, "word_maps", fails_later)
+    monkeypatch.setattr(extract.attention_maps, "word_maps", fails_later)
     arguments = command(world, tmp_path / "maps", "--recipe", "noise", "--batch_size", "4", "--shard_size", "4")
     assert extract.main(arguments) == code
     assert capsys.readouterr().err.splitlines()[-1] == f"extract.py: {message}"

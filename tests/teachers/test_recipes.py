@@ -6,8 +6,8 @@ from diffusers import DDIMScheduler
 from einops import rearrange
 from tiny_sd import IDS, LENGTH, NOISE, TEXTS, build_tiny_sd, explicit_maps
 
-from lavender_min import diffusion, recipes
-from lavender_min.recording import Recorder, RecordingProcessor
+from lavender_min.teachers import attention_maps, recipes
+from lavender_min.teachers.recording import Recorder, RecordingProcessor
 from lavender_min.words import find_words
 
 
@@ -15,7 +15,7 @@ from lavender_min.words import find_words
 def test_word_maps_are_the_mean_of_the_words_tokens(tiny_sd, pixels):
     """One noised pass by hand: noise, UNet, softmax; each word the mean over its tokens, layers and passes."""
     settings = {"timesteps": [300], "draws": 1, "seed": 4}
-    (found,) = diffusion.word_maps(tiny_sd, pixels[:1], TEXTS[:1], ["x"], "noise", settings)
+    (found,) = attention_maps.word_maps(tiny_sd, pixels[:1], TEXTS[:1], ["x"], "noise", settings)
     tokenizer = tiny_sd.tokenizer
     ids = tokenizer(TEXTS[0]["answer"], padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
     latents = tiny_sd.vae.encode(pixels[:1]).latent_dist.mode() * 0.18215
@@ -28,7 +28,7 @@ def test_word_maps_are_the_mean_of_the_words_tokens(tiny_sd, pixels):
     assert [word.text for word in found.words] == TEXTS[0]["answer"].split()
     torch.testing.assert_close(found.maps, tokens[1:8], atol=1e-6, rtol=1e-5)  # every word of this text is one token
     assert found.sos == pytest.approx(tokens[0].mean().item(), rel=1e-5)
-    (split,) = diffusion.word_maps(tiny_sd, pixels[:1], [{"answer": "red zebra"}], ["x"], "noise", settings)
+    (split,) = attention_maps.word_maps(tiny_sd, pixels[:1], [{"answer": "red zebra"}], ["x"], "noise", settings)
     ids = tokenizer("red zebra", padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
     layers, _ = explicit_maps(
         tiny_sd.unet, kept.sqrt() * latents + (1 - kept).sqrt() * eps, torch.tensor(300), tiny_sd.text_encoder(ids)[0]
@@ -40,9 +40,11 @@ def test_word_maps_are_the_mean_of_the_words_tokens(tiny_sd, pixels):
     "recipe, settings", [("paper", {}), ("invert", {}), ("noise", NOISE), ("null-text", {"steps": 3, "inner_steps": 2})]
 )
 def test_a_row_does_not_depend_on_its_batch(tiny_sd, pixels, recipe, settings):
-    together = diffusion.word_maps(tiny_sd, pixels, TEXTS, IDS, recipe, settings)
+    together = attention_maps.word_maps(tiny_sd, pixels, TEXTS, IDS, recipe, settings)
     for i in range(3):
-        (alone,) = diffusion.word_maps(tiny_sd, pixels[i : i + 1], TEXTS[i : i + 1], IDS[i : i + 1], recipe, settings)
+        (alone,) = attention_maps.word_maps(
+            tiny_sd, pixels[i : i + 1], TEXTS[i : i + 1], IDS[i : i + 1], recipe, settings
+        )
         assert alone.words == together[i].words == find_words(TEXTS[i])
         # Rounding differs with the batch and grows through the passes; a leak between rows would be a thousandfold.
         torch.testing.assert_close(alone.maps, together[i].maps, atol=2e-5, rtol=1e-3)
@@ -52,7 +54,9 @@ def test_a_row_does_not_depend_on_its_batch(tiny_sd, pixels, recipe, settings):
 
 
 def test_folded_noise_equals_one_pass_after_another(tiny_sd, pixels):
-    folded = diffusion.word_maps(tiny_sd, pixels[:2], TEXTS[:2], IDS[:2], "noise", {"timesteps": [40, 500], "draws": 1})
+    folded = attention_maps.word_maps(
+        tiny_sd, pixels[:2], TEXTS[:2], IDS[:2], "noise", {"timesteps": [40, 500], "draws": 1}
+    )
     assert folded[0].maps.shape[0] == 7
 
     def at(t, place):  # the draw that this time step gets in the folded pass
@@ -83,13 +87,13 @@ def asked(sd, monkeypatch):
 
 def test_the_papers_schedules_meet(tiny_sd, pixels, monkeypatch):
     passes = asked(tiny_sd, monkeypatch)
-    diffusion.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], "paper")
+    attention_maps.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], "paper")
     inversion, denoising = [(t, False) for t in range(199, 1000, 200)], [(t, True) for t in range(999, 0, -100)]
     assert passes == inversion + denoising
-    recipe = diffusion.RECIPES["paper"]
+    recipe = attention_maps.RECIPES["paper"]
     assert recipe.passes(recipe.settings) == 15 == len(passes)
     passes.clear()
-    diffusion.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], "invert")
+    attention_maps.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], "invert")
     assert passes == [(t, True) for t in range(199, 1000, 200)]
 
 
@@ -124,8 +128,8 @@ def test_denoising_retraces_the_path_for_either_kind_of_prediction(tiny_sd, pixe
 
 
 def test_the_prediction_type_of_the_pipeline_is_honoured(tmp_path, tiny_sd, pixels):
-    velocity = diffusion.load(str(build_tiny_sd(tmp_path, "v_prediction")))
-    maps = [diffusion.word_maps(sd, pixels[:1], TEXTS[:1], IDS[:1])[0].maps for sd in (tiny_sd, velocity)]
+    velocity = attention_maps.load(str(build_tiny_sd(tmp_path, "v_prediction")))
+    maps = [attention_maps.word_maps(sd, pixels[:1], TEXTS[:1], IDS[:1])[0].maps for sd in (tiny_sd, velocity)]
     assert velocity.noise_schedule["prediction_type"] == "v_prediction"
     assert (maps[0] - maps[1]).abs().max() > 1e-5  # same weights, other meaning
 
@@ -174,8 +178,8 @@ def test_null_text_equals_the_authors_steps_taken_one_picture_at_a_time(tiny_sd,
     settings = {"steps": 4, "inner_steps": 3, "guidance": 7.5}
     sd = tiny_sd._replace(noise_schedule={**tiny_sd.noise_schedule, "prediction_type": kind})
     texts = [TEXTS[0], TEXTS[2]]
-    found = diffusion.word_maps(sd, pixels[:2], texts, IDS[:2], "null-text", settings)
-    without = diffusion.word_maps(sd, pixels[:2], texts, IDS[:2], "null-text", {**settings, "inner_steps": 0})
+    found = attention_maps.word_maps(sd, pixels[:2], texts, IDS[:2], "null-text", settings)
+    without = attention_maps.word_maps(sd, pixels[:2], texts, IDS[:2], "null-text", {**settings, "inner_steps": 0})
     for i in range(2):
         said, empty = (
             sd.tokenizer(text, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
@@ -221,7 +225,7 @@ def test_the_announced_passes_are_the_passes_made(tiny_sd, pixels, monkeypatch):
     monkeypatch.setattr(recipes, "trained", lambda *args, lr, enough: to_the_end(*args, lr=lr, enough=0.0))
     for name, how in recipes.RECIPES.items():
         passes.clear()
-        diffusion.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], name)
+        attention_maps.word_maps(tiny_sd, pixels[:1], TEXTS[:1], IDS[:1], name)
         backward = 9 * 5 if name == "null-text" else 0
         folded = 3 if name == "noise" else 1
         assert len(passes) * folded + backward == how.passes(how.settings), name

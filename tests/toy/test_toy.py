@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lavender_min import diffusion, localise
+from lavender_min.evaluation import localise
+from lavender_min.teachers import attention_maps
 from lavender_min.toy import data, models, world
 
 seeds = st.integers(0, 3_000_000)
@@ -116,7 +117,7 @@ def test_stable_diffusion_reads_its_text(pipe):
     """A picture is denoised better with its own caption than with that of another picture, and than with none."""
     examples = [data.example(f"heldout-{i:05d}-caption") for i in range(64)]
     texts = [e.answer for e in examples]
-    pixels = torch.stack([diffusion.frame_image(e.image(), 128) for e in examples])
+    pixels = torch.stack([attention_maps.frame_image(e.image(), 128) for e in examples])
     with torch.no_grad():
         latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))

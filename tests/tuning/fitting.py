@@ -3,9 +3,10 @@
 import torch
 from transformers import TrainingArguments
 
-from lavender_min import runs
-from lavender_min.runs import ModelFlags
-from lavender_min.training import Collator, LavenderTrainer
+from lavender_min.tuning import runs
+from lavender_min.tuning.collator import Collator
+from lavender_min.tuning.runs import ModelFlags
+from lavender_min.tuning.trainer import LavenderTrainer
 
 
 def make(vlm_folder, dtype=torch.float32, **flags):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from fitting import fit, state
 
-from lavender_min.callbacks import WordMapPictures
 from lavender_min.maps import MapStore
 from lavender_min.toy import data
-from lavender_min.training import MappedExamples
+from lavender_min.tuning.callbacks import WordMapPictures
+from lavender_min.tuning.collator import MappedExamples
 
 
 def test_pictures_come_every_n_steps_and_change_nothing(vlm_folder, store_folder, tmp_path):

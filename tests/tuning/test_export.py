@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from lavender_min import export, runs
 from lavender_min.data import Example
-from lavender_min.training import Collator
+from lavender_min.tuning import export, runs
+from lavender_min.tuning.collator import Collator
 
 ELSEWHERE = """
 import sys

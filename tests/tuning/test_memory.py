@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lavender_min import plan, runs
 from lavender_min.maps import MapStore
 from lavender_min.toy import data as toy
-from lavender_min.training import Collator, MappedExamples
+from lavender_min.tuning import memory, runs
+from lavender_min.tuning.collator import Collator, MappedExamples
 
 
 def flags(folder, **changes):
@@ -40,8 +40,8 @@ def nbytes(tensors):
 @pytest.mark.parametrize("mode", ["qlora", "lora", "full"])
 def test_weights(vlm_folder, mode):
     model, *_ = runs.build(flags(vlm_folder, mode=mode))
-    planned, empty = plan.Ledger(), plan.build(flags(vlm_folder, mode=mode), torch.float32)
-    for label, tensor in plan.held(empty):
+    planned, empty = memory.Ledger(), memory.build(flags(vlm_folder, mode=mode), torch.float32)
+    for label, tensor in memory.held(empty):
         planned.add(tensor, label)
     expected = nbytes([*model.parameters(), *model.buffers()])
     packed = [p for p in model.parameters() if hasattr(p, "quant_state")]
@@ -71,7 +71,7 @@ def test_optimizer_state(vlm_folder, name):
         for i, p in enumerate(trained):  # what its first step does before it needs a GPU
             optimizer.init_state(optimizer.param_groups[0], p, 0, i)
     state = [x for s in optimizer.state.values() for k, x in s.items() if torch.is_tensor(x) and "qmap" not in k]
-    assert sum(plan.optimizer_bytes(p, name) for p in trained) == nbytes(state)
+    assert sum(memory.optimizer_bytes(p, name) for p in trained) == nbytes(state)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -90,14 +90,14 @@ def test_saved_tensors_and_peak(vlm_folder, store_folder, changes, rows, checkpo
     """A real step in float32 on a CPU beside its plan."""
     asked = flags(vlm_folder, **changes)
     model, processor, host = runs.build(asked)
-    empty = plan.build(asked, torch.float32)
+    empty = memory.build(asked, torch.float32)
     model.train()
     if checkpoint:
         for each in (model, empty):
             each.gradient_checkpointing_enable()
     batch = real_batch(model, processor, host, store_folder, rows)
     labelled = int((batch["labels"] != -100).sum())
-    found = plan.simulate(empty, to_meta(batch), labelled, "adamw_torch", None)
+    found = memory.simulate(empty, to_meta(batch), labelled, "adamw_torch", None)
 
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved = {}
@@ -133,9 +133,9 @@ def test_saved_tensors_and_peak(vlm_folder, store_folder, changes, rows, checkpo
 
 def test_the_command_the_project_promises_fits_a_small_card(capsys):
     """Llama-3.2-11B-Vision in 4 bits, one text of 512 tokens, four tiles: at most 10 GiB (FACTS of the model beside it)."""
-    asked = flags(plan.LLAMA + "-Instruct", mode="qlora", lora_dropout=0.05)
+    asked = flags(memory.LLAMA + "-Instruct", mode="qlora", lora_dropout=0.05)
     args = types.SimpleNamespace(per_device_train_batch_size=1, gradient_checkpointing=True, optim="paged_adamw_8bit")
-    lines = plan.describe(asked, args).splitlines()
+    lines = memory.describe(asked, args).splitlines()
     size = {line[:42].strip(): float(line[42:].split()[0]) for line in lines if line[50:].startswith(" GiB")}
     peak = size.pop("peak, in the backward")
     assert peak == pytest.approx(sum(size.values()), abs=0.01) and 7 < peak < 10
@@ -144,16 +144,16 @@ def test_the_command_the_project_promises_fits_a_small_card(capsys):
     assert size["weights: text layers"] * 2**30 == pytest.approx(8.72e9 * nf4, rel=0.01)
     assert size["weights: lm_head"] * 2**30 == pytest.approx(128256 * 4096 * 2, rel=1e-3)
     assert size["adapters"] * 2**30 == pytest.approx(8 * 8 * (6 * 4096 + 2 * 1024) * 4, rel=0.1)
-    assert [line.split("fits")[0].strip() for line in lines if "fits" in line] == list(plan.CARDS)
+    assert [line.split("fits")[0].strip() for line in lines if "fits" in line] == list(memory.CARDS)
 
 
 def test_llama_has_as_many_parameters_as_it_should():
-    vlm = plan.empty_host(flags(plan.LLAMA), torch.bfloat16)
+    vlm = memory.empty_host(flags(memory.LLAMA), torch.bfloat16)
     assert sum(p.numel() for p in vlm.parameters()) == pytest.approx(10.67e9, rel=1e-3)
     assert vlm.config.vision_config.image_size // vlm.config.vision_config.patch_size == 40
 
 
 def test_a_hub_id_whose_config_is_not_known_is_one_line():
     with pytest.raises(ValueError, match="folders with a config.json; got --vlm some/model") as error:
-        plan.empty_host(flags("some/model"), torch.bfloat16)
+        memory.empty_host(flags("some/model"), torch.bfloat16)
     assert "\n" not in str(error.value)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from fitting import fit, make, state, trainer_of
 
-from lavender_min import sanity
 from lavender_min.maps import MapStore
 from lavender_min.toy import data
-from lavender_min.training import MappedExamples
+from lavender_min.tuning import sanity
+from lavender_min.tuning.collator import MappedExamples
 
 
 @pytest.fixture(scope="module")

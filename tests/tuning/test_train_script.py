@@ -16,9 +16,9 @@ import yaml
 from conftest import ROOT, run_script
 from safetensors.torch import load_file
 
-from lavender_min import runs
 from lavender_min.hosts import mllama
-from lavender_min.runs import ModelFlags
+from lavender_min.tuning import runs
+from lavender_min.tuning.runs import ModelFlags
 
 sys.path.insert(0, str(ROOT))  # where the script lies
 train = importlib.import_module("train")

@@ -5,11 +5,11 @@ import torch
 from fitting import fit, host_state, make
 from torch.nn import functional as F
 
-from lavender_min import training
 from lavender_min.data import Example
 from lavender_min.maps import MapStore
 from lavender_min.toy import data
-from lavender_min.training import Collator, MappedExamples
+from lavender_min.tuning import collator
+from lavender_min.tuning.collator import Collator, MappedExamples
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_reading_rows_come_one_later_than_predicting_rows(vlm_folder, rows):
     model, processor, host = make(vlm_folder)
     made = {
         attend: Collator(processor, model.host.config, host, attend=attend, words="all")([rows[1]])
-        for attend in training.ATTEND
+        for attend in collator.ATTEND
     }
     predicting, reading = (made[attend]["word_rows"] for attend in ("predicting", "reading"))
     assert torch.equal(predicting.where(predicting < 0, predicting + 1), reading)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from lavender_min.maps import MapStore
 from lavender_min.toy import data
-from lavender_min.training import MappedExamples
-from lavender_min.vision_cache import cache_vision
+from lavender_min.tuning.collator import MappedExamples
+from lavender_min.tuning.vision_cache import cache_vision
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Stage 2: one forward with two losses, and the Trainer, checks and folders around it."""
