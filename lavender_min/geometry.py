@@ -10,7 +10,7 @@ Every host and every op shares this file, so a map means the same ground whereve
 only part of its canvas (padding right and below) is handled by the matrices: they resample only that part.
 """
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int32
@@ -26,8 +26,8 @@ class PatchLayout(NamedTuple):
     resize_y: Float[Tensor, "b gy hc"]  # resampling of canvas rows to output rows
     resize_x: Float[Tensor, "b gx wc"]  # resampling of canvas columns to output columns
 
-    def to(self, device: torch.device | str) -> Self:
-        return type(self)(*(part.to(device, non_blocking=True) for part in self))
+    def to(self, device: torch.device | str) -> "PatchLayout":
+        return PatchLayout(*(part.to(device, non_blocking=True) for part in self))
 
 
 def resize_matrix(

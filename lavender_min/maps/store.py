@@ -20,7 +20,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -218,7 +218,7 @@ class MapWriter:
     def close(self) -> None:
         self._lock.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MapWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -1,0 +1,58 @@
+"""What the commands share: flags from a dataclass, errors in one line, exit codes.
+
+A command's flags are the fields of one dataclass: name, type, default and help stand there once, `parse` makes the command
+line of them, and whoever calls the code from Python fills in the same dataclass. What a value must be is checked in the
+dataclass's own `__post_init__`, in a ValueError that names the flag. Nothing heavy is imported here: `--help`, and the error
+for data that is not there, come before torch does.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import field
+from typing import Any, NoReturn, TypeVar
+
+from transformers import HfArgumentParser  # on its own it imports no torch
+
+Flags = TypeVar("Flags")
+
+
+def flag(default: Any, help: str, choices: Iterable[Any] | None = None, **more: Any) -> Any:
+    """A field of a flags dataclass. `more` goes to `ArgumentParser.add_argument` (metavar, nargs, aliases)."""
+    metadata = {"help": help, **({} if choices is None else {"choices": list(choices)}), **more}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def required(help: str, choices: Iterable[Any] | None = None) -> Any:
+    """A field that must be given."""
+    return field(metadata={"help": help, **({} if choices is None else {"choices": list(choices)})})
+
+
+class Parser(HfArgumentParser):
+    """Says what is wrong in one line, instead of printing every flag before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parse(flags: type[Flags], prog: str, about: str | None, argv: Sequence[str] | None = None) -> Flags:
+    """The command line as an instance of the dataclass `flags`."""
+    parser = Parser(flags, prog=prog, description=about, allow_abbrev=False)  # type: ignore[arg-type]
+    return parser.parse_args_into_dataclasses(None if argv is None else list(argv))[0]
+
+
+def at_least(low: int, **values: int | None) -> None:
+    """Each value given is a whole number of at least `low`; the flag is named as the keyword is."""
+    for name, value in values.items():
+        if value is not None and value < low:
+            raise ValueError(f"--{name} must be a whole number of at least {low}; got {value}")
+
+
+def run(prog: str, main: Callable[[], int | None]) -> int:
+    """The exit code of `main`; bad input and files that cannot be had become one line on stderr, and 2."""
+    try:
+        return main() or 0
+    except (ValueError, OSError) as error:
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
