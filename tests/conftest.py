@@ -11,11 +11,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parent.parent
+
+# Every annotated signature of the package is checked while the tests run. Left out are the kernels, which Triton reads as text,
+# and the Trainer's flags, to some of which transformers itself gives values that their types exclude.
+UNCHECKED = ("kernels", "tuning.arguments")
+MODULES = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "lavender_min").rglob("*.py")]
+NAMES = [".".join(module.parts) for module in MODULES if module.name != "__init__"]
+install_import_hook([name for name in NAMES if not name.partition(".")[2].startswith(UNCHECKED)], "typecheck.check")
 
 
 def run_script(*args, **env) -> subprocess.CompletedProcess:

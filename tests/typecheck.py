@@ -1,4 +1,4 @@
-"""What checks the package's annotations while the tests run (jaxtyping's pytest plugin finds it through pyproject.toml)."""
+"""What checks the package's annotations while the tests run (see conftest.py)."""
 
 from beartype import BeartypeConf, beartype
 
