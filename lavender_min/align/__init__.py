@@ -1,1 +1,32 @@
-"""From a host's attention to a map that can be held against a teacher's: aggregation, parallel attention, the Aligner."""
+"""From a host's attention to one map a word that can be held against a teacher's.
+
+    parallel.py   projections of our own beside the host's (`--aggregate learn`)
+    aggregate.py  many layers and heads ─► a few channels
+    aligner.py    a few channels ─► one map, and the loss; `Align` holds all three
+
+To add an aggregation: a row below and, if it pools in a new way, a function in aggregate.py (docs/extending.md).
+"""
+
+from typing import NamedTuple
+
+
+class Aggregation(NamedTuple):
+    """How the attention of many layers and heads becomes a word's channels."""
+
+    about: str
+    # Whose attention: the "host"'s own, or that of "parallel" projections.
+    reads: str
+    # By name in aggregate.POOLS. Heads are pooled first, inside the attention function, so that each layer leaves little behind.
+    heads: str
+    layers: str
+
+
+AGGREGATIONS = {
+    "learn": Aggregation(
+        "parallel projections' attention, mean over layers, heads as channels", "parallel", "keep", "mean"
+    ),
+    "layer-mean": Aggregation("the host's own attention, mean over layers, heads as channels", "host", "keep", "mean"),
+}
+# The paper's variants of the Aligner, with how many hidden-to-hidden convolutions each has; "none" has no network.
+ALIGNERS = {"light": 0, "sim": 1, "deep": 3, "none": 0}
+NORMS = ("instance", "batch", "none")

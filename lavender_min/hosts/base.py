@@ -1,53 +1,210 @@
-"""The vision-language models that can be tuned, one file a family, found by the `model_type` in their config.
+"""What a family of vision-language models must say about itself, so that nothing else in the package knows its classes.
 
-A host's file says six things of its family, and nothing else in the package knows them:
+Most of it is small: which layers look at the picture, how many heads they have, which modules see. Three things take thought.
 
-    hook(vlm)                       make its attention report word maps into a `Sink`
-    layers(vlm)                     the layers whose attention is read, by index: {index: attention module}
-    layout(processor, config, ...)  where the patches of one picture lie among the keys
-    vision(vlm)                     the modules that turn pictures into keys
-    picture_states(vlm, inputs)     what comes out of them, given the inputs named in PICTURE_INPUTS
-    LORA_TARGETS                    named regular expressions for adapters
+Where the patches lie. The keys of an attention layer are numbered; a text is a row of token ids, and in a self-attention
+model the picture's patches stand among them. A model may look at a picture several times: as one grid of tiles and, smaller, as
+a thumbnail. Each look is a *view*, and `Family.views` gives a PatchLayout for each.
+
+How q and k are made. Aligned projections of our own stand beside the host's (paper, Eq. 16). They must pass through the same
+norms and the same rotation as the host's own. `Family.project` does that; it is handed the projections to use.
+
+How a text grows. Most processors put hundreds of image tokens where the text has one. `Family.encode` gives, for every token,
+the characters of the text before it grew.
 """
 
-import importlib
-import os
-from types import ModuleType
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from lavender_min import hub, ops
 from lavender_min.geometry import PatchLayout
 
-FAMILIES = {"mllama": "lavender_min.hosts.mllama"}
+Box = tuple[float, float, float, float]  # top, bottom, left, right, as shares of a picture
+Projection = Callable[[Any, Tensor], Tensor]  # (attention module, its input [..., c]) ─► [..., heads · d]
 
 
-class Sink:
-    """Handed to the host with a batch: which rows to read, and where each layer leaves its maps.
+class Heads(NamedTuple):
+    """Of one attention layer."""
 
-    A plain object on purpose: FSDP copies dicts and dataclasses that pass through it, and a copy would come back empty.
-    Under activation checkpointing a layer runs twice and must do the same work both times, so `read` always computes
-    and only the first value is kept.
+    query: int  # h
+    key: int  # hkv; each serves h / hkv query heads
+    dim: int  # d
+
+
+class WordRows(NamedTuple):
+    """Which rows of a batch's hidden states speak for which words. Rows and words stand in one list for all texts.
+
+    Cost follows the rows there are: a word of ninety tokens adds ninety rows, and no row to any other word.
     """
 
-    def __init__(self, tokens: Int[Tensor, "b n"], layout: PatchLayout, own: bool, parallel: nn.ModuleDict | None):
-        self.tokens, self.layout = tokens, layout
-        self.own, self.parallel = own, parallel  # read the host's attention; and that of the parallel projections
-        self.own_maps: dict[int, Tensor] = {}  # layer -> [b, n, h, g, g], probabilities
-        self.parallel_maps: dict[int, Tensor] = {}
-
-    def read(self, kept: dict[int, Tensor], layer: int, query, key, tokens, mask, scale) -> None:
-        with torch.autocast(query.device.type, enabled=False):  # it would round the plain PyTorch op's scores
-            maps = ops.word_attention(query, key, tokens, self.layout, attn_mask=mask, scale=scale)
-        kept.setdefault(layer, maps)
+    rows: Int[Tensor, " n"]  # which row of its text, text after text and word after word; −1: none, its map is 0
+    counts: list[int]  # [b]: how many of the rows belong to each text
+    texts: Int[Tensor, " n"]  # which text of the batch each row belongs to: the same as counts, as an index
+    tokens: Int[Tensor, " n"]  # which token each row speaks for; −1 as above
+    lengths: Int[Tensor, " m"]  # how many of the rows belong to each word, at least one
+    targets: Float[Tensor, "m g g"]  # each word's map by the teacher, in [0, 1]
+    views: list[PatchLayout]  # of the whole batch, at least one
 
 
-def collate_layouts(layouts: list[PatchLayout]) -> PatchLayout:
-    """One batch of layouts whose canvases differ: smaller ones get empty cells (index −1) on the right and below."""
+class Encoded(NamedTuple):
+    """Texts as a host takes them."""
+
+    inputs: dict[str, Tensor]  # of the model: input_ids, attention_mask, the picture's
+    offsets: list[list[tuple[int, int]]]  # of each text: the characters of every token; (0, 0) for what stands for none
+
+
+class Imagined(NamedTuple):
+    """What the planner of memory needs of a picture: inputs of the right shapes, on the device `meta`."""
+
+    inputs: dict[str, Tensor]
+    views: list[PatchLayout]
+    about: str  # "4 tiles"
+
+
+class Family(ABC):
+    """What is the same for all hosts of one kind. Methods are handed the host; a family keeps no state."""
+
+    name: ClassVar[str]
+    # Inputs that are the picture's: what the vision tower takes, and what a cache of its output stands in for.
+    picture_inputs: ClassVar[tuple[str, ...]]
+    # Regular expressions over module names, by the names that --lora_targets takes.
+    lora_targets: ClassVar[Mapping[str, str]]
+    # Which part of the config routes the text model's attention (`set_attn_implementation`).
+    attention_config: ClassVar[str] = "text_config"
+
+    # ---- attention
+
+    @abstractmethod
+    def layers(self, host: Any) -> dict[int, Any]:
+        """The attention modules that can see the picture, by the index that each has as its `layer_idx`."""
+
+    def heads(self, attention: Any) -> Heads:
+        """Read from the config: many attention modules have no attribute for it."""
+        config = attention.config.get_text_config()
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return Heads(config.num_attention_heads, config.num_key_value_heads, dim)
+
+    @abstractmethod
+    def project(
+        self, attention: Any, layer_inputs: Mapping[str, Any], words: WordRows, query_of: Projection, key_of: Projection
+    ) -> tuple[Float[Tensor, "n h d"], Float[Tensor, "b hkv p d"]]:
+        """Queries of the rows in `words` and all keys, made by projections of ours and else as the layer itself makes them:
+        the same norms, the same rotation. `layer_inputs` are the keyword arguments that the layer was called with.
+        """
+
+    # ---- the picture
+
+    @abstractmethod
+    def views(
+        self, size: tuple[int, int], processor: Any, config: Any, ids: Int[Tensor, " t"], box: Box
+    ) -> list[PatchLayout]:
+        """Where the patches of a picture of `size` (width, height) lie among the keys of a text with these token ids.
+
+        Each layout (with a batch axis of 1) covers `box`, a part of the picture: cell (y, x) of a map made through it covers the
+        same ground as cell (y, x) of a teacher's map of that part.
+        """
+
+    @abstractmethod
+    def vision(self, host: Any) -> list[nn.Module]:
+        """The modules that turn pictures into what the text model takes: the tower first, the projector last."""
+
+    @abstractmethod
+    def picture_states(self, host: Any, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """What those modules make of the picture inputs, picture by picture: tensors that a file can hold."""
+
+    @abstractmethod
+    def cached_inputs(self, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Inputs of the model that stand in for the picture inputs, from the states of a batch's pictures."""
+
+    # ---- the text
+
+    def encode(
+        self, processor: Any, texts: Sequence[str], pictures: Sequence[Image.Image], padding_side: str = "right"
+    ) -> Encoded:
+        """One picture a text. The texts come from a chat template, which has put BOS already."""
+        inputs = processor(
+            text=list(texts),
+            images=[[picture] for picture in pictures],
+            padding=True,
+            padding_side=padding_side,
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        kept = inputs["attention_mask"].bool()
+        ids = [row[mask].tolist() for row, mask in zip(inputs["input_ids"], kept, strict=True)]
+        offsets = [expanded_offsets(processor.tokenizer, *pair) for pair in zip(texts, ids, strict=True)]
+        return Encoded(dict(inputs), offsets)
+
+    # ---- the forward
+
+    def decoder(self, host: Any) -> Any:
+        """The text model, without its head."""
+        return host.model.language_model
+
+    def hidden_states(self, host: Any, inputs: Mapping[str, Any], sink: Any = None) -> Float[Tensor, "b t c"]:
+        """What the head takes. `sink` (see `reading`) collects maps on the way."""
+        extra = {} if sink is None else {"sink": sink}
+        return host.model(**inputs, use_cache=False, **extra).last_hidden_state
+
+    def logits(self, host: Any, hidden: Float[Tensor, "*lead c"]) -> Float[Tensor, "*lead vocabulary"]:
+        """Of chosen rows only, because a vocabulary has a hundred thousand words."""
+        return host.lm_head(hidden)
+
+    # ---- planning
+
+    def config(self, name: str) -> Any:
+        """The config of a published model by its hub id, without a network; None if it is not known here."""
+        return None
+
+    @abstractmethod
+    def imagine(self, config: Any, b: int, tokens: int) -> Imagined:
+        """The largest pictures the processor makes, one for each of b texts of so many tokens."""
+
+
+def expanded_offsets(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, int]]:
+    """Characters of `text` for each of the tokens `ids`, which are the text's with an image placeholder grown to many.
+
+    What stands before the placeholder and behind it is the same in both lists of tokens. So the two are matched from both ends,
+    and tokens between are the picture's, which stand for no character. This asks nothing of the processor but that.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    short, offsets = encoded["input_ids"], [tuple(pair) for pair in encoded["offset_mapping"]]
+    before = 0
+    while before < min(len(short), len(ids)) and short[before] == ids[before]:
+        before += 1
+    after = 0
+    while after < min(len(short) - before, len(ids) - before) and short[-1 - after] == ids[-1 - after]:
+        after += 1
+    unmatched = len(short) - before - after
+    if unmatched > 1:  # the placeholder alone may go
+        raise ValueError(
+            f"the processor and its tokenizer disagree on a text ({unmatched} of its {len(short)} tokens), "
+            "so words cannot be found in it"
+        )
+    return offsets[:before] + [(0, 0)] * (len(ids) - before - after) + offsets[len(short) - after :]
+
+
+def collate_views(views: Sequence[Sequence[PatchLayout]]) -> list[PatchLayout]:
+    """The views of each picture ─► one layout a view for the batch.
+
+    Canvases differ in size: a smaller one gets empty cells (index −1) on the right and below. A picture that has fewer views than
+    another gets an empty one, which adds nothing.
+    """
+    most = max(map(len, views))
+    return [collate_layouts([own[v] if v < len(own) else empty_like(own[0]) for own in views]) for v in range(most)]
+
+
+def empty_like(layout: PatchLayout) -> PatchLayout:
+    return layout._replace(index=torch.full_like(layout.index, -1))
+
+
+def collate_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
+    """One batch of layouts whose canvases differ in size."""
     height, width = (max(layout.index.shape[axis] for layout in layouts) for axis in (1, 2))
     pad = nn.functional.pad
     right, below = ([n - x.index.shape[a] for x in layouts] for n, a in ((width, 2), (height, 1)))
@@ -59,46 +216,5 @@ def collate_layouts(layouts: list[PatchLayout]) -> PatchLayout:
 
 
 def patch_count(layout: PatchLayout) -> Float[Tensor, " b"]:
-    """How many patches hold the picture: attention times this is 1 where it is spread evenly over the canvas."""
+    """How many patches of a view hold the picture."""
     return (layout.index >= 0).sum((1, 2)).float()
-
-
-def load(name: str, quantize: bool = False, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, ModuleType]:
-    """(model, processor, host module) of a hub id or folder; `quantize` holds every linear layer but lm_head in NF4.
-
-    Raises ValueError, in one line, for a family without a host file, and OSError for weights that cannot be had.
-    """
-    try:
-        hub.ask(name, "config.json")
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type not in FAMILIES:
-            raise ValueError(f"--vlm {name} is a {config.model_type}; this package tunes {', '.join(FAMILIES)}")
-        processor = AutoProcessor.from_pretrained(name)
-        extra = {}
-        if quantize:
-            extra["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",  # the library's default is fp4
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-                llm_int8_skip_modules=["lm_head"],  # the vision tower too is held in 4 bits
-            )
-        sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # then each card is to get its part only
-        device = {"": torch.cuda.current_device()} if torch.cuda.is_available() and not sharded else None
-        vlm = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, device_map=device, **extra)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise OSError(
-            f"--vlm {name} could not be loaded ({reason}). Give a folder with the weights, or, with a network, accept the "
-            f"licence on the model's page and run `hf auth login`; the toy world (--data toy) needs neither"
-        ) from error
-    if quantize:
-        # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights once outside training, which rounds to bf16 and
-        # fails for widths that are no multiple of 64.
-        module: Any
-        for module in vlm.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-    host = importlib.import_module(FAMILIES[config.model_type])
-    host.hook(vlm)
-    return vlm, processor, host

@@ -9,17 +9,17 @@ The picture stands at the top left of the tiles' canvas; what it does not fill i
 attend to the picture, with 32 query heads over 8 key heads, norms on both and no rotary embedding.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import MllamaConfig
 
 from lavender_min.geometry import MAP_SIDE, PatchLayout, resize_matrix
+from lavender_min.hosts.base import Box, Family, Imagined, Projection, WordRows
 
 try:  # where the PIL and torchvision processors are two files, the latter cannot be imported without torchvision
     from transformers.models.mllama import image_processing_pil_mllama as tiling
@@ -27,85 +27,90 @@ except ImportError:
     from transformers.models.mllama import image_processing_mllama as tiling  # type: ignore[no-redef]
 
 _LANGUAGE = r".*language_model\.layers\.\d+\."
-LORA_TARGETS = {
-    "cross": _LANGUAGE + r"cross_attn\.[qkvo]_proj",
-    "language": _LANGUAGE + r"(self_attn\.[qkvo]_proj|cross_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
-    "released": _LANGUAGE + r"(self_attn|cross_attn)\.[qv]_proj",  # the choice of the paper's code
-}
-PICTURE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+LLAMA = "meta-llama/Llama-3.2-11B-Vision"
 
 
-def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, sink=None, layer_inputs=None, **kwargs):
-    """The attention function: the host's own scaled dot product, untouched, and beside it the maps a sink asks for.
+class Mllama(Family):
+    name = "mllama"
+    picture_inputs = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+    lora_targets = {
+        "cross": _LANGUAGE + r"cross_attn\.[qkvo]_proj",
+        "language": _LANGUAGE + r"(self_attn\.[qkvo]_proj|cross_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+        # The choice of the paper's code.
+        "released": _LANGUAGE + r"(self_attn|cross_attn)\.[qv]_proj",
+    }
 
-    query [b, h, t, d] and key [b, hkv, p, d] come after projection and norm; the mask is added ([b, 1, t, p], finfo.min
-    on empty tiles). Self-attention layers pass through here too and have no picture to look at.
-    """
-    if sink is not None and layer_inputs is not None:
-        layer = module.layer_idx
-        if sink.own:
-            sink.read(sink.own_maps, layer, query, key, sink.tokens, attention_mask, scaling)
-        if sink.parallel is not None and str(layer) in sink.parallel:
-            picked, keys, tokens = sink.parallel[str(layer)](module, *layer_inputs, sink.tokens)
-            mask = attention_mask.gather(
-                2, sink.tokens.long().clamp(min=0)[:, None, :, None].expand(-1, 1, -1, key.shape[2])
-            )
-            sink.read(sink.parallel_maps, layer, picked, keys, tokens, mask, scaling)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    def layers(self, host: Any) -> dict[int, Any]:
+        """The cross-attention modules."""
+        decoder = self.decoder(host).layers
+        return {i: decoder[i].cross_attn for i in host.config.text_config.cross_attention_layers}
 
+    def project(
+        self, attention: Any, layer_inputs: Mapping[str, Any], words: WordRows, query_of: Projection, key_of: Projection
+    ) -> tuple[Float[Tensor, "n h d"], Float[Tensor, "b hkv p d"]]:
+        """The host hands its picture states over tile by tile, with the tiles in the batch axis."""
+        hidden, states = layer_inputs["hidden_states"], layer_inputs["cross_attention_states"]
+        d, b = self.heads(attention).dim, len(hidden)
+        picked = hidden[words.texts, words.rows.long().clamp(min=0)]
+        query = rearrange(query_of(attention, picked), "n (h d) -> n h d", d=d)
+        key = rearrange(key_of(attention, states), "(b tiles) p (h d) -> b h (tiles p) d", b=b, d=d)
+        return attention.q_norm(query), attention.k_norm(key)
 
-def pass_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of a cross-attention layer: hands its inputs on to `attend`, which is given q and k only."""
-    if kwargs.get("sink") is None:
-        return args, kwargs
-    return args, kwargs | {"layer_inputs": (kwargs["hidden_states"], kwargs["cross_attention_states"])}
+    def views(
+        self, size: tuple[int, int], processor: Any, config: Any, ids: Int[Tensor, " t"], box: Box
+    ) -> list[PatchLayout]:
+        """One view: all tiles as one canvas. The keys are the picture's alone, so the text's ids do not matter."""
+        width, height = size
+        tile, patch = config.vision_config.image_size, config.vision_config.patch_size
+        canvas = tiling.get_optimal_tiled_canvas(height, width, processor.image_processor.max_image_tiles, tile)
+        resized = tiling.get_image_size_fit_to_canvas(height, width, *canvas, tile)
+        # Patches along a tile, along the canvas, and along what the picture fills of it.
+        side = tile // patch
+        hc, wc = (int(n) // patch for n in canvas)
+        high, wide = (float(n) / patch for n in resized)
+        y, x = torch.arange(hc)[:, None], torch.arange(wc)[None, :]
+        index = (y // side * (wc // side) + x // side) * (side * side + 1) + 1 + y % side * side + x % side
+        top, bottom, left, right = box
+        inside = (y + 1 > top * high) & (y < bottom * high) & (x + 1 > left * wide) & (x < right * wide)
+        layout = PatchLayout(
+            index.where(inside, -1).int()[None],
+            resize_matrix(hc, MAP_SIDE, top * high, bottom * high)[None],
+            resize_matrix(wc, MAP_SIDE, left * wide, right * wide)[None],
+        )
+        return [layout]
 
+    def vision(self, host: Any) -> list[nn.Module]:
+        return [host.model.vision_model, host.model.multi_modal_projector]
 
-def hook(vlm: Any) -> None:
-    """Routes the language model's attention through `attend`. Logits stay bit-equal to those of "sdpa"."""
-    # Without the mask function of the same name no causal mask would be made, and padding would be attended to.
-    AttentionInterface.register("lavender", attend)
-    AttentionMaskInterface.register("lavender", sdpa_mask)
-    vlm.set_attn_implementation({"text_config": "lavender"})
-    for attention in layers(vlm).values():
-        attention.register_forward_pre_hook(pass_inputs, with_kwargs=True)
+    def picture_states(self, host: Any, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """[tiles, p_tile, c] a picture: what the cross-attention layers look at."""
+        tower, projector = self.vision(host)
+        states = projector(tower(**{name: inputs[name] for name in self.picture_inputs}).last_hidden_state)
+        return [{"states": of[0]} for of in states]
 
+    def cached_inputs(self, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+        together = torch.stack([of["states"] for of in states])
+        return {"cross_attention_states": rearrange(together, "b tiles p c -> (b tiles) p c")}
 
-def layers(vlm: Any) -> dict[int, Any]:
-    """The cross-attention modules by layer index."""
-    decoder = vlm.model.language_model.layers
-    return {i: decoder[i].cross_attn for i in vlm.config.text_config.cross_attention_layers}
+    def config(self, name: str) -> Any:
+        """transformers' defaults are Llama 3.2's, but for the size of a tile."""
+        return MllamaConfig(vision_config={"image_size": 560}, text_config={}) if name.startswith(LLAMA) else None
 
-
-def vision(vlm: Any) -> list[nn.Module]:
-    """The vision tower and the projector behind it."""
-    return [vlm.model.vision_model, vlm.model.multi_modal_projector]
-
-
-def picture_states(vlm: Any, inputs: Mapping[str, Tensor]) -> Float[Tensor, "b tiles p_tile c"]:
-    """What the cross-attention layers look at, of pictures one a text; `model.forward` computes the same from pixels."""
-    tower, projector = vision(vlm)
-    return projector(tower(**{name: inputs[name] for name in PICTURE_INPUTS}).last_hidden_state)[:, 0]
-
-
-def layout(width: int, height: int, processor, config, box: tuple[float, float, float, float]) -> PatchLayout:
-    """Where the patches of a width × height picture lie among the keys; `box` is the part the maps cover.
-
-    `box` holds top, bottom, left, right as shares of the picture ((0, 1, 0, 1): all of it). Cell (y, x) of a map made
-    through this layout then covers the same ground as cell (y, x) of Stable Diffusion's map of that part.
-    """
-    tile, patch = config.vision_config.image_size, config.vision_config.patch_size
-    canvas = tiling.get_optimal_tiled_canvas(height, width, processor.image_processor.max_image_tiles, tile)
-    size = tiling.get_image_size_fit_to_canvas(height, width, *canvas, tile)
-    side = tile // patch  # patches along a tile
-    hc, wc = (int(n) // patch for n in canvas)
-    high, wide = (float(n) / patch for n in size)  # what the picture fills, in patches
-    y, x = torch.arange(hc)[:, None], torch.arange(wc)[None, :]
-    index = (y // side * (wc // side) + x // side) * (side * side + 1) + 1 + y % side * side + x % side
-    top, bottom, left, right = box
-    inside = (y + 1 > top * high) & (y < bottom * high) & (x + 1 > left * wide) & (x < right * wide)
-    return PatchLayout(
-        index.where(inside, -1).int()[None],
-        resize_matrix(hc, MAP_SIDE, top * high, bottom * high)[None],
-        resize_matrix(wc, MAP_SIDE, left * wide, right * wide)[None],
-    )
+    def imagine(self, config: Any, b: int, tokens: int) -> Imagined:
+        """A picture that fills all tiles."""
+        vision = config.vision_config
+        tiles, side = vision.max_num_tiles, vision.image_size // vision.patch_size
+        long: dict[str, Any] = {"dtype": torch.long, "device": "meta"}
+        inputs = {
+            "pixel_values": torch.empty(b, 1, tiles, 3, vision.image_size, vision.image_size, device="meta"),
+            "aspect_ratio_ids": torch.empty(b, 1, **long),
+            "aspect_ratio_mask": torch.empty(b, 1, tiles, **long),
+            "cross_attention_mask": torch.empty(b, tokens, 1, tiles, **long),
+        }
+        hc, wc = side * 2, side * tiles // 2
+        view = PatchLayout(
+            torch.empty(b, hc, wc, dtype=torch.int32, device="meta"),
+            torch.empty(b, MAP_SIDE, hc, device="meta"),
+            torch.empty(b, MAP_SIDE, wc, device="meta"),
+        )
+        return Imagined(inputs, [view], f"{tiles} tiles")

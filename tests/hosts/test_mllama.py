@@ -10,12 +10,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, MllamaConfig
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from lavender_min.geometry import MAP_SIDE
-from lavender_min.hosts import base as hosts
-from lavender_min.hosts import mllama
+from lavender_min.geometry import MAP_SIDE, PatchLayout
+from lavender_min.hosts import load
+from lavender_min.hosts.base import WordRows, collate_layouts, patch_count
+from lavender_min.hosts.mllama import Mllama, tiling
+from lavender_min.hosts.reading import Sink
 from lavender_min.toy import data
 from lavender_min.tuning.collator import Collator, MappedExamples, frame_box
-from lavender_min.tuning.model import per_word
+from lavender_min.tuning.model import word_rows
 
 MODEL_INPUTS = (
     "input_ids",
@@ -29,43 +31,42 @@ MODEL_INPUTS = (
 
 @pytest.fixture(scope="module")
 def loaded(vlm_folder):
-    return hosts.load(vlm_folder)
+    return load.load(vlm_folder)
 
 
 @pytest.fixture(scope="module")
 def batch(loaded, store_folder):
     from lavender_min.maps import MapStore
 
-    vlm, processor, host = loaded
+    host, processor = loaded, loaded.processor
     rows = MappedExamples(data.load("tune", 3), MapStore(store_folder))
-    return Collator(processor, vlm.config, host)([rows[i] for i in range(6)])
+    return Collator(processor, host.family, host.model.config)([rows[i] for i in range(6)])
 
 
 def inputs_of(batch):
     return {name: batch[name] for name in MODEL_INPUTS}
 
 
-def sink_of(batch, parallel=None):
-    tokens = batch["word_rows"].flatten(1)
-    return hosts.Sink(tokens, hosts.PatchLayout(*batch["layout"]), own=True, parallel=parallel)
+def sink_of(loaded, batch):
+    return Sink(loaded.family, word_rows(batch["words"]), True, None, lambda maps: maps)
 
 
 def test_logits_are_bit_equal_with_and_without_hooks(loaded, batch, vlm_folder):
     plain = AutoModelForImageTextToText.from_pretrained(vlm_folder, attn_implementation="sdpa").eval()
-    hooked = loaded[0].eval()
+    hooked = loaded.model.eval()
     with torch.no_grad():
         expected = plain(**inputs_of(batch)).logits
         assert torch.equal(hooked(**inputs_of(batch)).logits, expected)
-        hidden = hooked.model(**inputs_of(batch), sink=sink_of(batch)).last_hidden_state
+        hidden = hooked.model(**inputs_of(batch), sink=sink_of(loaded, batch)).last_hidden_state
         assert torch.equal(hooked.lm_head(hidden), expected)
 
 
 def test_maps_equal_those_of_eager_attention(loaded, batch, vlm_folder):
     """The whole tensor from `output_attentions`, patches picked by hand, resampled by F.interpolate."""
     eager = AutoModelForImageTextToText.from_pretrained(vlm_folder, attn_implementation="eager").eval()
-    sink = sink_of(batch)
+    sink = sink_of(loaded, batch)
     with torch.no_grad():
-        loaded[0].model(**inputs_of(batch), sink=sink)
+        loaded.model.model(**inputs_of(batch), sink=sink)
         attentions = eager(**inputs_of(batch), output_attentions=True).attentions
     layers = eager.config.text_config.cross_attention_layers
     assert list(sink.own_maps) == layers
@@ -75,18 +76,20 @@ def test_maps_equal_those_of_eager_attention(loaded, batch, vlm_folder):
         canvas = tiles.permute(0, 1, 2, 3, 5, 4, 6).flatten(3, 4).flatten(4, 5)  # [b, h, t, 16, 16]
         resized = F.interpolate(canvas.flatten(0, 1), size=(MAP_SIDE, MAP_SIDE), mode="bilinear", antialias=True)
         resized = resized.unflatten(0, canvas.shape[:2])
-        for b, rows in enumerate(batch["word_rows"].flatten(1)):
-            for n, row in enumerate(rows):
-                expected = resized[b, :, row] if row >= 0 else torch.zeros_like(resized[b, :, 0])
-                torch.testing.assert_close(sink.own_maps[layer][b, n], expected, atol=1e-6, rtol=1e-4)
+        words = batch["words"]
+        for maps, text, row in zip(sink.own_maps[layer], words["texts"], words["rows"], strict=True):
+            # 256 patches: uniform attention is 1.
+            torch.testing.assert_close(maps, resized[text, :, row] * 256, atol=2.56e-4, rtol=1e-4)
 
 
 def test_uniform_attention_is_one_everywhere():
-    layout = mllama.layout(300, 900, FakeProcessor, REAL, (0, 1, 0, 1))
-    patches = hosts.patch_count(layout)
-    attention = torch.full((1, 1, 2, MAP_SIDE, MAP_SIDE), 1.0) / patches
-    maps = per_word(attention, torch.tensor([[[0]]]), layout)
-    torch.testing.assert_close(maps, torch.ones_like(maps))
+    """A query of zeros attends to every key alike: to each with 1 / keys, which times the patches of the picture is the unit."""
+    view, keys, one = layout(300, 900, (0, 1, 0, 1)), 4 * 1601, torch.tensor([0])
+    words = WordRows(one, [1], one, one, one + 1, torch.zeros(1, MAP_SIDE, MAP_SIDE), [view])
+    sink = Sink(Mllama(), words, True, None, lambda maps: maps)
+    query, key = torch.zeros(1, 2, 1, 4), torch.randn(1, 1, keys, 4)
+    maps = sink.maps(query=query, key=key, rows=one, attn_mask=None, is_causal=False, scale=None)
+    torch.testing.assert_close(maps, torch.full_like(maps, patch_count(view).item() / keys))
 
 
 # ------------------------------------------------------------------------------------- geometry of the real processor
@@ -99,6 +102,11 @@ class FakeProcessor:
     image_processor = MllamaImageProcessorPil(size={"height": 560, "width": 560}, max_image_tiles=4)
 
 
+def layout(width, height, box):
+    [view] = Mllama().views((width, height), FakeProcessor, REAL, torch.zeros(0, dtype=torch.long), box)
+    return view
+
+
 def marked_keys(image: Image.Image) -> torch.Tensor:
     """Synthetic attention over the keys: how much of the marker (white on black) each patch of the processed tiles holds."""
     out = FakeProcessor.image_processor(images=[image], return_tensors="np", do_normalize=False)
@@ -107,7 +115,7 @@ def marked_keys(image: Image.Image) -> torch.Tensor:
     return F.pad(patches, (1, 0)).flatten()  # a class token first in every tile
 
 
-def seen_map(attention: torch.Tensor, layout: hosts.PatchLayout) -> torch.Tensor:
+def seen_map(attention: torch.Tensor, layout: PatchLayout) -> torch.Tensor:
     index = layout.index[0].long()
     canvas = torch.where(index >= 0, attention[index.clamp(min=0)], 0.0)
     return layout.resize_y[0] @ canvas @ layout.resize_x[0].T
@@ -128,11 +136,11 @@ def test_a_marker_is_found_where_it_was_painted(ratio, frame, share, shrink):
     half = max(8, min(width, height) // 32)
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[max(0, round(y) - half) : round(y) + half, max(0, round(x) - half) : round(x) + half] = 255
-    layout = mllama.layout(width, height, FakeProcessor, REAL, (top, bottom, left, right))
-    tiles = mllama.tiling.get_optimal_tiled_canvas(height, width, 4, 560)
+    view = layout(width, height, (top, bottom, left, right))
+    tiles = tiling.get_optimal_tiled_canvas(height, width, 4, 560)
     if shrink == 1:
         assert tuple(n // 560 for n in tiles) == ratio
-    found = seen_map(marked_keys(Image.fromarray(pixels)), layout)
+    found = seen_map(marked_keys(Image.fromarray(pixels)), view)
     found = found / found.sum()
     cells = torch.arange(MAP_SIDE) + 0.5
     # the marker's centre of mass, in cells; a patch of 14 px is up to a few cells of a small picture
@@ -150,7 +158,7 @@ def test_the_released_codes_formula_shears_a_vertical_line():
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[:, 140:154] = 255  # one column of patches
     attention = marked_keys(Image.fromarray(pixels))
-    ours = seen_map(attention, mllama.layout(width, height, FakeProcessor, REAL, (0, 1, 0, 1)))
+    ours = seen_map(attention, layout(width, height, (0, 1, 0, 1)))
     theirs = F.interpolate(attention[None, None, :1601], 41 * 41, mode="linear")[0, 0].reshape(41, 41)
     assert ours.argmax(1).unique().numel() == 1  # a straight line
     drift = theirs.argmax(1)[5:35].float().diff()
@@ -159,24 +167,24 @@ def test_the_released_codes_formula_shears_a_vertical_line():
 
 def test_collated_layouts_keep_their_pictures():
     shapes = [(500, 2000), (2000, 500), (560, 560)]
-    layouts = [mllama.layout(w, h, FakeProcessor, REAL, (0, 1, 0, 1)) for w, h in shapes]
-    together = hosts.collate_layouts(layouts)
+    layouts = [layout(w, h, (0, 1, 0, 1)) for w, h in shapes]
+    together = collate_layouts(layouts)
     assert together.index.shape == (3, 160, 160)
     attention = torch.rand(6404)
-    for i, layout in enumerate(layouts):
-        one = hosts.PatchLayout(*(part[i : i + 1] for part in together))
-        torch.testing.assert_close(seen_map(attention, one), seen_map(attention, layout))
+    for i, view in enumerate(layouts):
+        one = PatchLayout(*(part[i : i + 1] for part in together))
+        torch.testing.assert_close(seen_map(attention, one), seen_map(attention, view))
 
 
 def test_a_family_without_a_host_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="is a llama; this package tunes mllama"):
-        hosts.load(str(tmp_path))
+        load.load(str(tmp_path))
 
 
 def test_a_host_that_cannot_be_had_says_what_to_do():
     with pytest.raises(OSError, match="accept the licence.*--data toy"):
-        hosts.load("meta-llama/Llama-3.2-11B-Vision-Instruct")
+        load.load("meta-llama/Llama-3.2-11B-Vision-Instruct")
 
 
 def test_the_processor_loads_by_name(vlm_folder):

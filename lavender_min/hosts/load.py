@@ -1,0 +1,69 @@
+"""A hub id or folder ─► a host that can be read: model, processor, family."""
+
+import importlib
+import os
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+from lavender_min import hub
+from lavender_min.hosts import FAMILIES
+from lavender_min.hosts.base import Family
+from lavender_min.hosts.reading import hook
+
+
+class Host(NamedTuple):
+    model: Any
+    processor: Any
+    family: Family
+
+
+def family_of(name: str, model_type: str) -> Family:
+    """Raises ValueError, in one line, for a `model_type` without a family."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"--vlm {name} is a {model_type}; this package tunes {', '.join(FAMILIES)}")
+    module, _, family = FAMILIES[model_type].where.partition(":")
+    return getattr(importlib.import_module(module), family)()
+
+
+def load(name: str, quantize: bool = False, dtype: torch.dtype = torch.float32) -> Host:
+    """The host, hooked (see `reading`); `quantize` holds every linear layer but lm_head in NF4.
+
+    Raises ValueError, in one line, for a family that is not known, and OSError for weights that cannot be had.
+    """
+    try:
+        hub.ask(name, "config.json")
+        config = AutoConfig.from_pretrained(name)
+        family = family_of(name, config.model_type)
+        processor = AutoProcessor.from_pretrained(name)
+        extra = {}
+        if quantize:
+            extra["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                # The library's default is fp4.
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+                # So the vision tower too is held in 4 bits.
+                llm_int8_skip_modules=["lm_head"],
+            )
+        # Under FSDP each card is to get its part only.
+        sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        device = {"": torch.cuda.current_device()} if torch.cuda.is_available() and not sharded else None
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, device_map=device, **extra)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise OSError(
+            f"--vlm {name} could not be loaded ({reason}). Give a folder with the weights, or, with a network, accept the "
+            f"licence on the model's page and run `hf auth login`; the toy world (--data toy) needs neither"
+        ) from error
+    if quantize:
+        # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights once outside training, which rounds to bf16 and
+        # fails for widths that are no multiple of 64.
+        module: Any
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    hook(model, family)
+    return Host(model, processor, family)
