@@ -42,6 +42,13 @@ def parse(flags: type[Flags], prog: str, about: str | None, argv: Sequence[str] 
     return parser.parse_args_into_dataclasses(None if argv is None else list(argv))[0]
 
 
+def parse_known(flags: type[Flags], prog: str, about: str | None, argv: Sequence[str]) -> tuple[Flags, list[str]]:
+    """The same, and what is left of the command line for somebody else's parser."""
+    parser = Parser(flags, prog=prog, description=about, allow_abbrev=False)  # type: ignore[arg-type]
+    parsed, rest = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    return parsed, rest
+
+
 def at_least(low: int, **values: int | None) -> None:
     """Each value given is a whole number of at least `low`; the flag is named as the keyword is."""
     for name, value in values.items():

@@ -18,15 +18,18 @@ class StopOnSigterm(TrainerCallback):
     """
 
     def __init__(self, trainer: Any):
-        self.trainer, self.asked = trainer, False
+        self.trainer, self.received = trainer, False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+        self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1:  # the notice reaches processes at different times, and they must stop together
-            self.asked = bool(self.trainer.accelerator.reduce(torch.tensor(float(self.asked), device=args.device)))
-        if self.asked:
+        # The notice reaches processes at different times, and they must stop together.
+        if args.world_size > 1:
+            self.received = bool(
+                self.trainer.accelerator.reduce(torch.tensor(float(self.received), device=args.device))
+            )
+        if self.received:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -38,9 +41,9 @@ class WordMapPictures(TrainerCallback):
 
     def __init__(self, trainer: Any, steps: int, count: int = 2):
         self.trainer, self.steps = trainer, steps
-        rows = [trainer.train_dataset[i] for i in range(min(count, len(trainer.train_dataset)))]
-        self.pictures = [example.image() for example, _ in rows]
-        self.batch = trainer.data_collator(rows)
+        examples = [trainer.train_dataset[i] for i in range(min(count, len(trainer.train_dataset)))]
+        self.pictures = [example.image() for example, _ in examples]
+        self.batch = trainer.data_collator(examples)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.trainer.is_fsdp_enabled:
@@ -52,19 +55,28 @@ class WordMapPictures(TrainerCallback):
             return
         model = self.trainer.lavender
         batch = self.trainer._prepare_inputs(self.batch)
-        inputs = {k: v for k, v in batch.items() if k not in ("labels", "word_tokens", "targets")}
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
         model.eval()
         with self.trainer.accelerator.autocast():
-            maps = {"Stable Diffusion": batch["targets"], **model.read(**inputs)}  # each [b, w, g, g]
+            maps = {"Stable Diffusion": batch["words"]["targets"], **model.read(**inputs)}
         model.train()
-        for writer in (
-            c.tb_writer for c in self.trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)
-        ):
-            for i, picture in enumerate(self.pictures if writer else ()):  # the first process alone has a writer
-                tokens = [[t for t in word if t >= 0] for word in self.batch["word_tokens"][i].tolist()]
-                words = [
-                    self.trainer.processing_class.tokenizer.decode(self.batch["input_ids"][i, t]) for t in tokens if t
-                ]
+        # The first process alone has a writer.
+        callbacks = (c for c in self.trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback))
+        for writer in filter(None, (callback.tb_writer for callback in callbacks)):
+            for i, (picture, words) in enumerate(zip(self.pictures, self.words(), strict=True)):
                 if words:
-                    figure = draw.word_maps(picture, words, {kind: of[i, : len(words)] for kind, of in maps.items()})
+                    found = {kind: of[list(words)] for kind, of in maps.items()}
+                    figure = draw.word_maps(picture, list(words.values()), found)
                     writer.add_figure(f"words/{i}", figure, state.global_step)
+
+    def words(self) -> list[dict[int, str]]:
+        """The words of each picture's text, by their place among all words of the batch."""
+        words = self.batch["words"]
+        found: list[dict[int, str]] = [{} for _ in self.pictures]
+        ends = words["lengths"].cumsum(0).tolist()
+        for place, (end, length) in enumerate(zip(ends, words["lengths"].tolist(), strict=True)):
+            tokens, text = words["tokens"][end - length : end], int(words["texts"][end - 1])
+            if (tokens >= 0).all():
+                ids = self.batch["input_ids"][text, tokens.long()]
+                found[text][place] = self.trainer.processing_class.tokenizer.decode(ids)
+        return found

@@ -7,8 +7,9 @@ default, as the paper's code has it) takes the rows that predict the word's toke
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +17,10 @@ from torch.utils.data import Dataset
 
 from lavender_min.data import CAPTION_PROMPT, Example
 from lavender_min.geometry import MAP_SIDE, minmax
-from lavender_min.hosts import base as hosts
+from lavender_min.hosts.base import Box, Family, collate_views
 from lavender_min.maps import MapStore, StoredMaps
 from lavender_min.tuning.vision_cache import VisionCache
 from lavender_min.words import token_spans
-
-ATTEND = ("predicting", "reading")
 
 
 class MappedExamples(Dataset):
@@ -30,7 +29,8 @@ class MappedExamples(Dataset):
     def __init__(self, examples: list[Example], store: MapStore | None):
         self.store = store
         self.examples = examples if store is None else [e for e in examples if e.id in store]
-        self.missing = len(examples) - len(self.examples)  # broken pictures, say
+        # Broken pictures, for one.
+        self.missing = len(examples) - len(self.examples)
         if not self.examples:
             raise ValueError(
                 f"none of the {len(examples)} examples has maps in the store; was it made from other data?"
@@ -51,16 +51,21 @@ class MappedExamples(Dataset):
         return example, stored
 
 
-def chat(processor: Any, example: Example) -> tuple[str, int, dict[str, int]]:
-    """The conversation as one string, where its labelled part starts, and where each field of the example starts in it.
+class Chat(NamedTuple):
+    """A conversation as one string."""
 
-    Only the answer and the end of its turn are labelled. A template may trim a text; the fields are found as they stand.
-    """
+    text: str
+    answer_start: int  # from this character on it is labelled: the answer, and the end of its turn
+    starts: dict[str, int]  # where each field of the example starts in the text
+
+
+def chat(processor: Any, example: Example) -> Chat:
+    """The example through the host's chat template. A template may trim a text; the fields are found as they stand."""
     question = example.question or CAPTION_PROMPT
-    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-    said = {"role": "assistant", "content": [{"type": "text", "text": example.answer}]}
-    prefix = processor.apply_chat_template([asked], add_generation_prompt=True)
-    text = processor.apply_chat_template([asked, said])
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    assistant = {"role": "assistant", "content": [{"type": "text", "text": example.answer}]}
+    prefix = processor.apply_chat_template([user], add_generation_prompt=True)
+    text = processor.apply_chat_template([user, assistant])
     if not text.startswith(prefix):
         raise ValueError("the chat template does not continue its own generation prompt with the answer")
     starts = {
@@ -72,11 +77,11 @@ def chat(processor: Any, example: Example) -> tuple[str, int, dict[str, int]]:
             raise ValueError(f"the chat template changed the {field} of {example.id}, so its words cannot be found")
         value = getattr(example, field)
         starts[field] = start - (len(value) - len(value.lstrip()))
-    return text, len(prefix), starts
+    return Chat(text, len(prefix), starts)
 
 
-def frame_box(width: int, height: int, frame: str) -> tuple[float, float, float, float]:
-    """Top, bottom, left, right of what Stable Diffusion saw, as shares of the picture (see `diffusion.frame_image`)."""
+def frame_box(width: int, height: int, frame: str) -> Box:
+    """The part of a picture that Stable Diffusion saw (see `teachers.attention_maps.frame_image`)."""
     if frame == "whole":
         return 0.0, 1.0, 0.0, 1.0
     side = min(width, height)
@@ -84,77 +89,89 @@ def frame_box(width: int, height: int, frame: str) -> tuple[float, float, float,
     return y, 1 - y, x, 1 - x
 
 
+class MappedWord(NamedTuple):
+    """A word of a text, with its tokens there and its map."""
+
+    tokens: list[int]
+    map: Tensor  # [g, g], as stored
+
+
 class Collator:
-    """[(example, its maps)] ─► the keyword arguments of `Lavender.forward`."""
+    """[(example, its maps)] ─► the keyword arguments of `Lavender.forward`.
+
+    `frame` is what the maps cover, `words` which fields are aligned (answer, or all), `attend` which rows speak for a word.
+    """
 
     def __init__(
         self,
-        processor,
-        config,
-        host: ModuleType,
+        processor: Any,
+        family: Family,
+        config: Any,
         frame: str = "whole",
         words: str = "answer",
         attend: str = "predicting",
     ):
-        self.processor, self.config, self.host = processor, config, host
-        self.frame, self.attend = frame, attend
+        self.processor, self.family, self.config = processor, family, config
+        self.frame = frame
         self.fields = ("answer",) if words == "answer" else ("question", "answer")
-        self.vision: VisionCache | None = None  # instead of pixels, what the frozen vision tower said of them
+        # A row predicts the token after it.
+        self.behind = 1 if attend == "predicting" else 0
+        # If there is one, it says what the frozen vision tower made of a picture, in place of pixels.
+        self.vision: VisionCache | None = None
 
-    def __call__(self, rows: list[tuple[Example, StoredMaps | None]]) -> dict[str, Any]:
-        pictures = [example.image() for example, _ in rows]
-        chats = [chat(self.processor, example) for example, _ in rows]
-        batch = dict(
-            self.processor(
-                text=[text for text, *_ in chats],
-                images=[[picture] for picture in pictures],
-                padding=True,
-                padding_side="right",
-                add_special_tokens=False,  # the template has put BOS already
-                return_tensors="pt",
-            )
-        )
+    def __call__(self, examples: Sequence[tuple[Example, StoredMaps | None]]) -> dict[str, Any]:
+        pictures = [example.image() for example, _ in examples]
+        chats = [chat(self.processor, example) for example, _ in examples]
+        encoded = self.family.encode(self.processor, [said.text for said in chats], pictures)
+        batch: dict[str, Any] = dict(encoded.inputs)
         if self.vision is not None:
-            batch = {name: value for name, value in batch.items() if name not in self.host.PICTURE_INPUTS}
-            batch["cross_attention_states"] = self.vision.read(pictures)
+            batch = {name: value for name, value in batch.items() if name not in self.family.picture_inputs}
+            batch |= self.family.cached_inputs([self.vision.read(picture) for picture in pictures])
         ids = batch["input_ids"]
-        labels, spans, maps = torch.full_like(ids, -100), [], []
-        for i, ((text, answer_start, starts), (_, stored)) in enumerate(zip(chats, rows, strict=True)):
-            encoded = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            offsets = encoded["offset_mapping"]
-            if encoded["input_ids"] != ids[i, : len(offsets)].tolist():
-                raise ValueError("the processor and its tokenizer disagree on a text, so words cannot be found in it")
-            for t, (start, _) in enumerate(offsets):
-                if start >= answer_start:
-                    labels[i, t] = ids[i, t]
-            words = [] if stored is None else [word for word in stored.words if word.field in self.fields]
-            found = token_spans([(starts[w.field] + w.start, starts[w.field] + w.end) for w in words], offsets)
-            spans.append([tokens for tokens in found if tokens])
-            of = {word: target for word, target in zip(stored.words, stored.maps, strict=True)} if stored else {}
-            maps.append([of[word] for word, tokens in zip(words, found, strict=True) if tokens])
-        batch["labels"] = labels
-        batch["word_tokens"] = pad_words(spans)
-        behind = 1 if self.attend == "predicting" else 0
-        batch["word_rows"] = (batch["word_tokens"] - behind).where(batch["word_tokens"] >= 0, -1)
-        batch["targets"] = torch.zeros(*batch["word_rows"].shape[:2], MAP_SIDE, MAP_SIDE)
-        for i, targets in enumerate(maps):
-            if targets:
-                batch["targets"][i, : len(targets)] = minmax(torch.stack(targets).float())
-        boxes = [frame_box(*picture.size, self.frame) for picture in pictures]
-        layouts = [
-            self.host.layout(*picture.size, self.processor, self.config, box)
-            for picture, box in zip(pictures, boxes, strict=True)
+        batch["labels"] = torch.full_like(ids, -100)
+        for i, (said, offsets) in enumerate(zip(chats, encoded.offsets, strict=True)):
+            answered = [t for t, (start, _) in enumerate(offsets) if start >= said.answer_start]
+            batch["labels"][i, answered] = ids[i, answered]
+        words = [
+            self.mapped(said, stored, offsets)
+            for said, (_, stored), offsets in zip(chats, examples, encoded.offsets, strict=True)
         ]
-        batch["layout"] = list(hosts.collate_layouts(layouts))
+        batch["words"] = lined_up(words, self.behind)
+        views = []
+        for picture, own_ids in zip(pictures, ids, strict=True):
+            box = frame_box(*picture.size, self.frame)
+            views.append(self.family.views(picture.size, self.processor, self.config, own_ids, box))
+        batch["words"]["views"] = [list(view) for view in collate_views(views)]
         return batch
 
+    def mapped(self, said: Chat, stored: StoredMaps | None, offsets: list[tuple[int, int]]) -> list[MappedWord]:
+        """The words of one text that have a map and are to be aligned. A word without a token is left out."""
+        if stored is None:
+            return []
+        wanted = [i for i, word in enumerate(stored.words) if word.field in self.fields]
+        placed = [stored.words[i] for i in wanted]
+        spans = [(said.starts[word.field] + word.start, said.starts[word.field] + word.end) for word in placed]
+        found = token_spans(spans, offsets)
+        return [MappedWord(tokens, stored.maps[i]) for i, tokens in zip(wanted, found, strict=True) if tokens]
 
-def pad_words(spans: list[list[list[int]]]) -> Tensor:
-    """int32 [b, w, k] of token positions, −1 where there is no word or no further token; w and k are at least 1."""
-    w = max([1, *map(len, spans)])
-    k = max([1, *(len(tokens) for words in spans for tokens in words)])
-    padded = torch.full((len(spans), w, k), -1, dtype=torch.int32)
-    for i, words in enumerate(spans):
-        for j, tokens in enumerate(words):
-            padded[i, j, : len(tokens)] = torch.tensor(tokens)
-    return padded
+
+def lined_up(texts: list[list[MappedWord]], behind: int) -> dict[str, Any]:
+    """The fields of a WordRows but for its views, of a batch's texts. A token's row stands so many rows `behind` it.
+
+    A batch without a word gets one that has no row: its map is 0 and it never counts, but gradients then reach the Aligner in
+    every process, as DDP wants.
+    """
+    words = list(chain.from_iterable(texts))
+    counts = [sum(len(word.tokens) for word in text) for text in texts]
+    tokens = torch.tensor([token for word in words for token in word.tokens], dtype=torch.int32)
+    targets = minmax(torch.stack([word.map for word in words]).float()) if words else torch.zeros(1, MAP_SIDE, MAP_SIDE)
+    if not words:
+        counts[0], tokens = 1, torch.tensor([-1], dtype=torch.int32)
+    return {
+        "rows": (tokens - behind).where(tokens >= 0, -1),
+        "counts": counts,
+        "texts": torch.arange(len(texts)).repeat_interleave(torch.tensor(counts)),
+        "tokens": tokens,
+        "lengths": torch.tensor([len(word.tokens) for word in words] or [1]),
+        "targets": targets,
+    }

@@ -24,7 +24,7 @@ def base_of(folder: Path) -> str:
     """The host an adapter was tuned on; the folder itself where every weight was tuned."""
     if (folder / runs.FLAGS_FILE).exists():
         flags = runs.recall(folder)
-        return str(folder) if flags.mode == "full" else flags.vlm
+        return str(folder) if flags.mode == "full" else str(flags.vlm)
     if not (folder / ADAPTER_FILE).exists():
         raise FileNotFoundError(
             f"{folder} holds no {ADAPTER_FILE}: give the --output_dir of a finished run of train.py, or a PEFT adapter"
@@ -37,10 +37,10 @@ def export(folder: Path, out: Path) -> None:
     base = base_of(folder)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: give a new folder")
-    vlm = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
+    host = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
     if base != str(folder):
-        vlm = PeftModel.from_pretrained(vlm, str(folder)).merge_and_unload(safe_merge=True)
-    vlm.save_pretrained(out)
+        host = PeftModel.from_pretrained(host, str(folder)).merge_and_unload(safe_merge=True)
+    host.save_pretrained(out)
     AutoProcessor.from_pretrained(base).save_pretrained(out)
 
 

@@ -22,18 +22,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, AutoModelForImageTextToText, MllamaConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from lavender_min import ops
 from lavender_min.geometry import MAP_SIDE
-from lavender_min.hosts import mllama
+from lavender_min.hosts import FAMILIES
+from lavender_min.hosts.base import Imagined
+from lavender_min.hosts.load import Host, family_of
+from lavender_min.hosts.reading import hook
 from lavender_min.tuning import runs
+from lavender_min.tuning.flags import ModelFlags
 from lavender_min.tuning.model import Lavender
 
 GIB = 2**30
 CARDS = {"T4 16 GB": 14.7, "A10G 24 GB": 22.0, "A100 40 GB": 39.4, "A100 80 GB": 79.1}  # GiB that torch reports
 RESERVE = 0.75  # GiB: CUDA context, cuBLAS workspace, what the allocator cannot use
-LLAMA = "meta-llama/Llama-3.2-11B-Vision"  # transformers' defaults are its config, but for the size of a tile
 
 
 class Ledger(TorchDispatchMode):
@@ -149,7 +152,7 @@ def pretend(text: torch.Size, rows: int, half: torch.dtype | None) -> Iterator[N
             (ops, "choose_backend", lambda *_: "triton" if half else "torch"),
             (torch, "is_autocast_enabled", lambda device="cuda": bool(half) and device == "cuda"),
             (torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext()),
-            (Lavender, "matched", lambda self, logits, asked, ids, tokens: (tokens >= 0).any(-1)),
+            (Lavender, "matched", lambda self, predicted, ids, words: words.lengths > 0),
         ]
         if half:
             from triton.runtime.jit import KernelInterface
@@ -161,69 +164,65 @@ def pretend(text: torch.Size, rows: int, half: torch.dtype | None) -> Iterator[N
         yield
 
 
-def empty_host(flags: runs.ModelFlags, dtype: torch.dtype) -> Any:
-    """The hooked host on `meta`: a folder's own config.json, or Llama 3.2's; 4-bit layers are packed by bitsandbytes itself."""
-    if Path(flags.vlm).is_dir():
-        config = AutoConfig.from_pretrained(flags.vlm)
-    elif flags.vlm.startswith(LLAMA):
-        config = MllamaConfig(vision_config={"image_size": 560}, text_config={})
+def empty_host(flags: ModelFlags, dtype: torch.dtype) -> Host:
+    """The hooked host on `meta`, from a folder's config.json or one that its family knows by heart."""
+    name = str(flags.vlm)
+    families = [family_of(name, model_type) for model_type in FAMILIES]
+    if Path(name).is_dir():
+        config = AutoConfig.from_pretrained(name)
     else:
-        raise ValueError(f"--plan knows {LLAMA} and folders with a config.json; got --vlm {flags.vlm}")
+        config = next(filter(None, (family.config(name) for family in families)), None)
+    if config is None:
+        raise ValueError(f"--plan needs a folder with a config.json, or a model that it knows; got --vlm {name}")
+    family = family_of(name, config.model_type)
     with torch.device("meta"):
-        vlm = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        host = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     if flags.mode == "qlora":
-        pack_nf4(vlm, dtype)
-    mllama.hook(vlm)
-    return vlm
+        pack_nf4(host, dtype)
+    hook(host, family)
+    return Host(host, None, family)
 
 
-def pack_nf4(vlm: Any, dtype: torch.dtype) -> None:
-    """As `hosts.load` asks for it, by bitsandbytes itself: 4 bits, an 8-bit scale for 64 of them, a float32 one for 256 scales."""
+def pack_nf4(host: Any, dtype: torch.dtype) -> None:
+    """In 4 bits, as `hosts.load` wants it, by bitsandbytes itself: an 8-bit scale for 64 numbers, a float32 one for 256 scales."""
     import bitsandbytes as bnb
 
     with patch.dict(
         bnb.functional.name2qmap
     ):  # it keeps the code of the 8-bit scales on the first device that needs it
-        for name, linear in list(vlm.named_modules()):
+        for name, linear in list(host.named_modules()):
             if isinstance(linear, nn.Linear) and name != "lm_head":
                 options: dict[str, Any] = {"compute_dtype": dtype, "quant_type": "nf4", "device": "meta"}
                 packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, **options)
                 packed.weight.data, packed.bias = linear.weight.data, linear.bias
                 weight: Any = packed.weight
                 weight._quantize(torch.device("meta"))
-                vlm.set_submodule(name, packed)
-    vlm.is_loaded_in_4bit = True  # PEFT goes by this
+                host.set_submodule(name, packed)
+    # PEFT goes by this.
+    host.is_loaded_in_4bit = True
 
 
-def build(flags: runs.ModelFlags, dtype: torch.dtype) -> Lavender:
+def build(flags: ModelFlags, dtype: torch.dtype) -> Lavender:
     """`runs.build` around an empty host."""
-    vlm = empty_host(flags, dtype)
+    host = empty_host(flags, dtype)
     with torch.device("meta"):
-        return runs.build(flags, dtype, loaded=(vlm, None, mllama))[0].train()
+        return runs.build(flags, dtype, loaded=host)[0].train()
 
 
-def make_batch(config: Any, b: int, tokens: int, answer: int) -> dict[str, Any]:
-    """A batch of full texts and of pictures that fill all tiles; every token of the answer is labelled and a word of its own."""
-    vision = config.vision_config
-    tiles, side = vision.max_num_tiles, vision.image_size // vision.patch_size
-    long: dict[str, Any] = {"dtype": torch.long, "device": "meta"}
-    ids, words = (torch.empty(b, n, **long) for n in (tokens, answer))
-    return {
-        "input_ids": ids,
-        "pixel_values": torch.empty(b, 1, tiles, 3, vision.image_size, vision.image_size, device="meta"),
-        "aspect_ratio_ids": torch.empty(b, 1, **long),
-        "aspect_ratio_mask": torch.empty(b, 1, tiles, **long),
-        "cross_attention_mask": torch.empty(b, tokens, 1, tiles, **long),
-        "labels": torch.empty_like(ids),
-        "word_rows": words[..., None].int(),
-        "word_tokens": words[..., None].int(),
-        "targets": torch.empty(b, answer, MAP_SIDE, MAP_SIDE, device="meta"),
-        "layout": [
-            torch.empty(b, side * 2, side * tiles // 2, dtype=torch.int32, device="meta"),
-            torch.empty(b, MAP_SIDE, side * 2, device="meta"),
-            torch.empty(b, MAP_SIDE, side * tiles // 2, device="meta"),
-        ],
+def make_batch(picture: Imagined, b: int, tokens: int, answer: int) -> dict[str, Any]:
+    """A batch of full texts about imagined pictures; every token of the answer is labelled and a word of its own."""
+    ids = torch.empty(b, tokens, dtype=torch.long, device="meta")
+    rows = torch.empty(b * answer, dtype=torch.int32, device="meta")
+    words = {
+        "rows": rows,
+        "counts": [answer] * b,
+        "texts": torch.empty_like(rows, dtype=torch.long),
+        "tokens": rows.clone(),
+        "lengths": torch.empty_like(rows, dtype=torch.long),
+        "targets": torch.empty(b * answer, MAP_SIDE, MAP_SIDE, device="meta"),
+        "views": [list(view) for view in picture.views],
     }
+    return {"input_ids": ids, **picture.inputs, "labels": torch.empty_like(ids), "words": words}
 
 
 def held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -260,7 +259,6 @@ class Plan(NamedTuple):
 def simulate(model: Lavender, batch: dict[str, Any], rows: int, optim: str, half: torch.dtype | None) -> Plan:
     """One step in the middle of a run: gradients of the batch before are there, and the optimiser's state."""
     ledger = Ledger()
-    base = model.host.model
     for label, tensor in held(model):
         ledger.add(tensor, label)
     weights = set(ledger.known)
@@ -269,12 +267,12 @@ def simulate(model: Lavender, batch: dict[str, Any], rows: int, optim: str, half
             parameter.grad = torch.empty_like(parameter)
             ledger.add(parameter.grad, "gradients")
             ledger.live["optimiser state"] += optimizer_bytes(parameter, optim)
-    for value in batch.values():
-        for tensor in value if isinstance(value, list) else [value]:
-            ledger.add(tensor, "batch")
-    ledger.within(base.vision_model, "vision tower at work", "vision tower")
-    ledger.within(base.multi_modal_projector, "picture states")
-    ledger.within(base.language_model, "hidden states kept")
+    tree_map_only(Tensor, lambda tensor: ledger.add(tensor, "batch"), batch)
+    *tower, projector = model.family.vision(model.base)
+    for module in tower:
+        ledger.within(module, "vision tower at work", "vision tower")
+    ledger.within(projector, "picture states")
+    ledger.within(model.family.decoder(model.base), "hidden states kept")
     ledger.label = "logits and loss"
 
     saved: dict[int, Tensor] = {}  # holds them, so that no address is used twice
@@ -295,25 +293,25 @@ def simulate(model: Lavender, batch: dict[str, Any], rows: int, optim: str, half
     return Plan(ledger.peaks, kept, size)
 
 
-def describe(flags: runs.ModelFlags, args: Any, tokens: int = 512) -> str:
+def describe(flags: ModelFlags, args: Any, tokens: int = 512) -> str:
     """The plan as a table, for `TrainingArguments` and texts of so many tokens, a quarter of which answer."""
-    half = torch.bfloat16  # float16 on a T4: as many bytes
+    # float16 on a T4: as many bytes.
+    half = torch.bfloat16
     lavender = build(flags, torch.float32 if flags.mode == "full" else half)
-    checkpointed = (
-        getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
-    )  # its new name, its old
+    # Its new name, and its old one.
+    checkpointed = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
     if checkpointed:
         lavender.gradient_checkpointing_enable()
     b, answer = args.per_device_train_batch_size, max(1, tokens // 4)
-    batch = make_batch(lavender.host.config, b, tokens, answer)
+    picture = lavender.family.imagine(lavender.base.config, b, tokens)
+    batch = make_batch(picture, b, tokens, answer)
     optim = str(getattr(args.optim, "value", args.optim))
     plan = simulate(lavender, batch, b * answer, optim, half)
-    tiles = lavender.host.config.vision_config.max_num_tiles
     totals = {phase: alive.total() / GIB for phase, alive in plan.peaks.items()}
     phase = max(totals, key=lambda phase: totals[phase])
     peak = totals.pop(phase)
     lines = [
-        f"{flags.vlm}, {flags.mode}: {b} × {tokens} tokens ({answer} of the answer, each a word), {tiles} tiles, "
+        f"{flags.vlm}, {flags.mode}: {b} × {tokens} tokens ({answer} of the answer, each a word), {picture.about}, "
         f"{'activations checkpointed' if checkpointed else 'all activations kept'}, {optim}",
         "",
     ]

@@ -7,76 +7,61 @@ with other flags is refused rather than mixed with the first.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from lavender_min.align.aligner import Align
-from lavender_min.hosts import base as hosts
+from lavender_min.hosts.load import Host, load
+from lavender_min.tuning.flags import ModelFlags
 from lavender_min.tuning.model import Lavender
 
 ALIGN_FILE = "lavender.safetensors"
 FLAGS_FILE = "lavender.json"
 
 
-@dataclass
-class ModelFlags:
-    """What makes a model and its losses: the flags of `train.py` that a finished run remembers, in `lavender.json`."""
+def build(
+    flags: ModelFlags,
+    dtype: torch.dtype = torch.float32,
+    trained: str | Path | None = None,
+    loaded: Host | None = None,
+) -> tuple[Lavender, Any]:
+    """(Lavender, processor) for a new run, or with the weights of the run in the folder `trained`.
 
-    vlm: str
-    mode: str = "lora"  # qlora, lora or full
-    lora_r: int = 8
-    lora_alpha: int = 32
-    lora_dropout: float = 0.05
-    lora_targets: str = "cross"
-    plain: bool = False
-    aggregate: str = "learn"
-    parallel_rank: int = 64
-    aligner: str = "sim"
-    aligner_kernel: int = 3
-    aligner_norm: str = "instance"
-    lambda_att: float = 10.0
-    match: str = "exact"
-    words: str = "answer"
-    attend: str = "predicting"
-
-
-def build(flags: ModelFlags, dtype: torch.dtype = torch.float32, trained: str | Path | None = None, loaded=None):
-    """(Lavender, processor, host module) for a new run, or with the weights of the run in the folder `trained`.
-
-    `loaded` is what `hosts.load` would return, for a host that does not come from a folder.
+    `loaded` stands in for a host that does not come from a folder.
     """
-    name = str(trained) if trained and flags.mode == "full" else flags.vlm
-    vlm, processor, host = loaded or hosts.load(name, quantize=flags.mode == "qlora", dtype=dtype)
-    attentions = host.layers(vlm)
-    vlm.requires_grad_(flags.mode == "full")
+    name = str(trained) if trained and flags.mode == "full" else str(flags.vlm)
+    host, processor, family = loaded or load(name, quantize=flags.mode == "qlora", dtype=dtype)
+    attentions = family.layers(host)
+    host.requires_grad_(flags.mode == "full")
     align = None
     if not flags.plain:
-        rank = 0 if flags.mode == "full" else flags.parallel_rank  # a trained projection is no base for a correction
+        # A projection that trains is no base for a correction.
+        rank = 0 if flags.mode == "full" else flags.parallel_rank
+        heads = family.heads(next(iter(attentions.values()))).query
         shape = {"variant": flags.aligner, "kernel": flags.aligner_kernel, "norm": flags.aligner_norm}
-        with torch.random.fork_rng():  # the adapters below start the same with and without alignment
-            align = Align(attentions, flags.aggregate, rank, **shape).to(vlm.device)
-    if flags.mode != "full":
-        if trained:
-            vlm = PeftModel.from_pretrained(vlm, str(trained))
-        else:
-            config = LoraConfig(
-                r=flags.lora_r,
-                lora_alpha=flags.lora_alpha,
-                lora_dropout=flags.lora_dropout,
-                target_modules=host.LORA_TARGETS.get(
-                    flags.lora_targets, flags.lora_targets
-                ),  # or an expression of one's own
-                task_type="CAUSAL_LM",
-            )
-            vlm = get_peft_model(vlm, config)
-    model = Lavender(vlm, align, flags.lambda_att, flags.match)
+        # The adapters below start the same with and without alignment.
+        with torch.random.fork_rng():
+            align = Align(attentions, heads, flags.aggregate, rank, **shape).to(host.device)
+    if flags.mode != "full" and trained:
+        host = PeftModel.from_pretrained(host, str(trained))
+    elif flags.mode != "full":
+        config = LoraConfig(
+            r=flags.lora_r,
+            lora_alpha=flags.lora_alpha,
+            lora_dropout=flags.lora_dropout,
+            target_modules=family.lora_targets.get(flags.lora_targets, flags.lora_targets),
+            task_type="CAUSAL_LM",
+        )
+        host = get_peft_model(host, config)
+    model = Lavender(host, family, align, flags.lambda_att, flags.match)
     if trained and align is not None:
         load_align(model, trained)
-    return model, processor, host
+    return model, processor
 
 
 def load_align(model: Lavender, folder: str | Path) -> None:

@@ -21,9 +21,9 @@ def check(trainer: Any, model: nn.Module) -> None:
     """
     lavender, dataset, args = trainer.lavender, trainer.train_dataset, trainer.args
     collate, n = trainer.data_collator, args.per_device_train_batch_size
-    tower = collate.host.vision(lavender.host)
+    tower = collate.family.vision(lavender.base)
     frozen = not any(p.requires_grad for module in tower for p in module.parameters())
-    adapters_only = hasattr(lavender.vlm, "peft_config")
+    adapters_only = hasattr(lavender.host, "peft_config")
     strangers = [
         name
         for name, p in lavender.named_parameters()
@@ -56,7 +56,9 @@ def check(trainer: Any, model: nn.Module) -> None:
                 (out["loss"] * SCALE).backward()
                 if lavender.align is None:
                     break
-                found = torch.stack([(batch["word_rows"] >= 0).any(-1).sum(), out["words"]])
+                spoken = batch["words"]["tokens"] >= 0
+                mapped = len(batch["words"]["lengths"]) if spoken.any() else 0
+                found = torch.stack([out["words"].new_tensor(mapped), out["words"]])
                 counts += trainer.accelerator.reduce(found.float())
                 if counts[1]:
                     break

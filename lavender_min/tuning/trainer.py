@@ -76,7 +76,7 @@ class LavenderTrainer(Trainer):
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*([model] if model is not None else []))
         if fresh and self.pretrain_aligner_steps:
-            host = {p for name, p in self.lavender.named_parameters() if name.startswith("vlm.")}
+            host = {p for name, p in self.lavender.named_parameters() if name.startswith("host.")}
             groups = []
             for group in optimizer.param_groups:
                 for mine in (True, False):
@@ -118,8 +118,8 @@ class LavenderTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         model = self.lavender
         state = model.state_dict() if state_dict is None else state_dict
-        vlm = {name.removeprefix("vlm."): value for name, value in state.items() if name.startswith("vlm.")}
-        model.vlm.save_pretrained(folder, state_dict=vlm)
+        host = {name.removeprefix("host."): value for name, value in state.items() if name.startswith("host.")}
+        model.host.save_pretrained(folder, state_dict=host)
         align = {name.removeprefix("align."): value for name, value in state.items() if name.startswith("align.")}
         if align:
             save_file({name: value.contiguous().cpu() for name, value in align.items()}, folder / ALIGN_FILE)
@@ -130,6 +130,6 @@ class LavenderTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.is_fsdp_enabled:  # its checkpoints hold the whole model once more, Aligner and all
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model=self.lavender.vlm)
+        super()._load_from_checkpoint(resume_from_checkpoint, model=self.lavender.host)
         if self.lavender.align is not None:
             load_align(self.lavender, resume_from_checkpoint)

@@ -1,9 +1,9 @@
-"""What a frozen vision tower says of a picture is the same every epoch: with `--cache_vision` it is asked once.
+"""What a frozen vision tower makes of a picture is the same every epoch: with `--cache_vision` it is computed once.
 
-One safetensors file a picture holds its states after the projector, [tiles, p_tile, c], in the precision the host computes
-in: for Llama 3.2 in bfloat16 4 · 1601 · 4096 numbers, 52 MB. They lie on disk, since 1,000 pictures already are 52 GB, and
-the collator reads a batch's when it is due; the language model then gets `cross_attention_states` in place of pixels,
-inside the root forward as always. Files are named by the pixels of their picture, so captions of one picture share one.
+One safetensors file a picture holds what `Family.picture_states` gives, in the precision the host computes in: for Llama 3.2
+[4 tiles, 1601, 4096] in bfloat16, 52 MB. They lie on disk, since 1,000 pictures already are 52 GB, and the collator reads a
+batch's when it is due; the text model then gets them in place of pixels, inside the root forward as always. Files are named
+by the pixels of their picture, so captions of one picture share one.
 """
 
 import os
@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
-from jaxtyping import Float
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,14 +27,14 @@ class VisionCache:
     def path(self, picture: Image.Image) -> Path:
         return self.folder / f"{sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()[:32]}.safetensors"
 
-    def read(self, pictures: list[Image.Image]) -> Float[Tensor, "b_tiles p_tile c"]:
-        states = torch.stack([load_file(self.path(picture))["states"] for picture in pictures])
-        return rearrange(states, "b tiles p c -> (b tiles) p c")
+    def read(self, picture: Image.Image) -> dict[str, Tensor]:
+        return load_file(self.path(picture))
 
-    def write(self, picture: Image.Image, states: Float[Tensor, "tiles p_tile c"]) -> None:
+    def write(self, picture: Image.Image, states: dict[str, Tensor]) -> None:
+        """Written aside and renamed, so that a killed run leaves no half file under a whole one's name."""
         aside = self.path(picture).with_suffix(f".{os.getpid()}")
-        save_file({"states": states.contiguous().cpu()}, aside)
-        aside.rename(self.path(picture))  # so that a killed run leaves no half file under a whole one's name
+        save_file({name: state.contiguous().cpu() for name, state in states.items()}, aside)
+        aside.rename(self.path(picture))
 
 
 @torch.no_grad()
@@ -46,15 +44,16 @@ def cache_vision(trainer: Any, folder: Path) -> None:
     Before the Trainer wraps the model: the tower of a sharded one can only run inside the root forward. Raises ValueError if
     the tower trains, OSError if the disk is too small.
     """
-    collate, host, dataset = trainer.data_collator, trainer.lavender.host, trainer.train_dataset
-    tower = collate.host.vision(host)
+    collate, host, dataset = trainer.data_collator, trainer.lavender.base, trainer.train_dataset
+    tower = collate.family.vision(host)
     train = sum(p.numel() for module in tower for p in module.parameters() if p.requires_grad)
     if train:
         raise ValueError(
             f"--cache_vision keeps what a frozen vision tower says, but {train:,} parameters of it and its projector train "
             "(--full, or --lora_targets of your own): leave out one of the two"
         )
-    if trainer.is_fsdp_enabled:  # the host still waits on the CPU
+    if trainer.is_fsdp_enabled:
+        # The host still waits on the CPU.
         for module in tower:
             module.to(trainer.args.device)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,10 +64,11 @@ def cache_vision(trainer: Any, folder: Path) -> None:
             continue
         inputs = collate.processor.image_processor(images=[[picture]], return_tensors="pt")
         with trainer.accelerator.autocast():
-            states = collate.host.picture_states(host, inputs.to(trainer.args.device))[0]
+            states = collate.family.picture_states(host, inputs.to(trainer.args.device))[0]
         if not told:
-            need, free = states.nbytes * (len(dataset) - i), shutil.disk_usage(folder).free
-            print(f"vision states: {states.nbytes / 1e6:.1f} MB a picture, up to {need / 1e9:.1f} GB in {folder}")
+            one = sum(state.nbytes for state in states.values())
+            need, free = one * (len(dataset) - i), shutil.disk_usage(folder).free
+            print(f"vision states: {one / 1e6:.1f} MB a picture, up to {need / 1e9:.1f} GB in {folder}")
             if need > free:
                 raise OSError(
                     f"--cache_vision needs {need / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free"

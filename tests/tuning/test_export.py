@@ -30,28 +30,28 @@ with torch.no_grad():
 
 @pytest.fixture
 def tuned(vlm_folder, tmp_path):
-    """A finished run's folder, its adapter far from its start, and what it says: (folder, model, processor, host)."""
+    """A finished run's folder, its adapter far from its start, and what it says: (folder, model, processor)."""
 
     def make(mode, **changes):
         flags = runs.ModelFlags(vlm_folder, mode=mode, lora_targets="language", **changes)
-        model, processor, host = runs.build(flags)
+        model, processor = runs.build(flags)
         with torch.no_grad():
-            for name, parameter in model.vlm.named_parameters():
+            for name, parameter in model.host.named_parameters():
                 if "lora_B" in name or (mode == "full" and "q_proj" in name):
                     parameter.normal_(std=0.05)
-        model.vlm.save_pretrained(tmp_path / "run")
+        model.host.save_pretrained(tmp_path / "run")
         processor.save_pretrained(tmp_path / "run")
         runs.remember(flags, tmp_path / "run")
-        return tmp_path / "run", model.eval(), processor, host
+        return tmp_path / "run", model.eval(), processor
 
     return make
 
 
 def test_the_folder_answers_alike_where_the_package_is_unknown(tuned, tmp_path):
-    folder, model, processor, host = tuned("lora", plain=True)
+    folder, model, processor = tuned("lora", plain=True)
     image = Image.effect_noise((130, 70), 80).convert("RGB")
     example = Example("one", lambda: image, "what is it", "a noise")
-    batch = Collator(processor, model.host.config, host)([(example, None)])
+    batch = Collator(processor, model.family, model.base.config)([(example, None)])
     names = (
         "input_ids",
         "attention_mask",
@@ -66,9 +66,9 @@ def test_the_folder_answers_alike_where_the_package_is_unknown(tuned, tmp_path):
         {"role": "assistant", "content": [{"type": "text", "text": "a noise"}]},
     ]
     with torch.no_grad():
-        expected = model.vlm(**batch).logits
-        with model.vlm.disable_adapter():
-            assert (model.vlm(**batch).logits - expected).abs().max() > 0.1
+        expected = model.host(**batch).logits
+        with model.host.disable_adapter():
+            assert (model.host(**batch).logits - expected).abs().max() > 0.1
     torch.save({"messages": messages, "image": image, "batch": batch}, tmp_path / "given.pt")
 
     export.export(folder, tmp_path / "out")
@@ -89,7 +89,7 @@ def test_an_adapter_tuned_on_4_bits_is_merged_into_the_published_weights(tuned, 
     before, after = (load_file(f"{at}/model.safetensors") for at in (vlm_folder, tmp_path / "out"))
     assert before.keys() == after.keys()
     name = "model.language_model.layers.1.cross_attn.q_proj"
-    layer = model.vlm.get_submodule(f"base_model.{name.replace('model.', 'model.model.', 1)}")
+    layer = model.host.get_submodule(f"base_model.{name.replace('model.', 'model.model.', 1)}")
     change = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
     key = next(key for key in before if key.endswith("layers.1.cross_attn.q_proj.weight"))
     torch.testing.assert_close(after[key] - before[key], change.detach(), rtol=1e-4, atol=1e-6)
@@ -101,7 +101,7 @@ def test_a_run_that_tuned_every_weight_is_its_own_base(tuned, tmp_path):
     folder, model, *_ = tuned("full", plain=True)
     export.export(folder, tmp_path / "out")
     exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").state_dict()
-    assert all(torch.equal(exported[name], value) for name, value in model.vlm.state_dict().items())
+    assert all(torch.equal(exported[name], value) for name, value in model.host.state_dict().items())
 
 
 def test_a_plain_peft_adapter_will_do(tuned, vlm_folder):

@@ -5,29 +5,32 @@ import types
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lavender_min.hosts.mllama import LLAMA
 from lavender_min.maps import MapStore
 from lavender_min.toy import data as toy
 from lavender_min.tuning import memory, runs
 from lavender_min.tuning.collator import Collator, MappedExamples
+from lavender_min.tuning.flags import ModelFlags
 
 
 def flags(folder, **changes):
-    return runs.ModelFlags(folder, **{"mode": "lora", "match": "all", "lora_dropout": 0.0} | changes)
+    return ModelFlags(folder, **{"mode": "lora", "match": "all", "lora_dropout": 0.0} | changes)
 
 
-def real_batch(model, processor, host, store, rows):
+def real_batch(model, processor, store, rows):
     """Pictures that leave a part of their tiles empty, texts of one length (so no padding, as the planner has it)."""
     examples = MappedExamples(toy.load("tune", 8), MapStore(store))
     chosen = [examples[i] for i in rows]
     wide = [(e._replace(image=lambda e=e: e.image().resize((150, 90))), stored) for e, stored in chosen]
-    batch = Collator(processor, model.host.config, host)(wide)
+    batch = Collator(processor, model.family, model.base.config)(wide)
     assert batch.pop("attention_mask").all()
     return batch
 
 
 def to_meta(batch):
-    return {k: [x.to("meta") for x in v] if isinstance(v, list) else v.to("meta") for k, v in batch.items()}
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), batch)
 
 
 def nbytes(tensors):
@@ -89,13 +92,13 @@ def test_optimizer_state(vlm_folder, name):
 def test_saved_tensors_and_peak(vlm_folder, store_folder, changes, rows, checkpoint):
     """A real step in float32 on a CPU beside its plan."""
     asked = flags(vlm_folder, **changes)
-    model, processor, host = runs.build(asked)
+    model, processor = runs.build(asked)
     empty = memory.build(asked, torch.float32)
     model.train()
     if checkpoint:
         for each in (model, empty):
             each.gradient_checkpointing_enable()
-    batch = real_batch(model, processor, host, store_folder, rows)
+    batch = real_batch(model, processor, store_folder, rows)
     labelled = int((batch["labels"] != -100).sum())
     found = memory.simulate(empty, to_meta(batch), labelled, "adamw_torch", None)
 
@@ -123,7 +126,7 @@ def test_saved_tensors_and_peak(vlm_folder, store_folder, changes, rows, checkpo
             held += event.nbytes()
             most = max(most, held)
     base = sum(p.nbytes * (1 + p.requires_grad) for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
-    base += nbytes(x for v in batch.values() for x in (v if isinstance(v, list) else [v]))
+    base += nbytes(x for x in tree_leaves(batch) if torch.is_tensor(x))
     peak = max(alive.total() for alive in found.peaks.values()) - found.kept["optimiser state"] - base
     assert peak == pytest.approx(most, rel=0.03)
 
@@ -133,7 +136,7 @@ def test_saved_tensors_and_peak(vlm_folder, store_folder, changes, rows, checkpo
 
 def test_the_command_the_project_promises_fits_a_small_card(capsys):
     """Llama-3.2-11B-Vision in 4 bits, one text of 512 tokens, four tiles: at most 10 GiB (FACTS of the model beside it)."""
-    asked = flags(memory.LLAMA + "-Instruct", mode="qlora", lora_dropout=0.05)
+    asked = flags(LLAMA + "-Instruct", mode="qlora", lora_dropout=0.05)
     args = types.SimpleNamespace(per_device_train_batch_size=1, gradient_checkpointing=True, optim="paged_adamw_8bit")
     lines = memory.describe(asked, args).splitlines()
     size = {line[:42].strip(): float(line[42:].split()[0]) for line in lines if line[50:].startswith(" GiB")}
@@ -148,12 +151,14 @@ def test_the_command_the_project_promises_fits_a_small_card(capsys):
 
 
 def test_llama_has_as_many_parameters_as_it_should():
-    vlm = memory.empty_host(flags(memory.LLAMA), torch.bfloat16)
-    assert sum(p.numel() for p in vlm.parameters()) == pytest.approx(10.67e9, rel=1e-3)
-    assert vlm.config.vision_config.image_size // vlm.config.vision_config.patch_size == 40
+    host = memory.empty_host(flags(LLAMA), torch.bfloat16).model
+    assert sum(p.numel() for p in host.parameters()) == pytest.approx(10.67e9, rel=1e-3)
+    assert host.config.vision_config.image_size // host.config.vision_config.patch_size == 40
 
 
 def test_a_hub_id_whose_config_is_not_known_is_one_line():
-    with pytest.raises(ValueError, match="folders with a config.json; got --vlm some/model") as error:
+    with pytest.raises(
+        ValueError, match="a folder with a config.json, or a model that it knows; got --vlm some/model"
+    ) as error:
         memory.empty_host(flags("some/model"), torch.bfloat16)
     assert "\n" not in str(error.value)

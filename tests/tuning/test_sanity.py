@@ -34,8 +34,8 @@ def second_bos(batch):
 
 
 def no_words(batch):
-    batch["word_rows"].fill_(-1)
-    batch["word_tokens"].fill_(-1)
+    batch["words"]["rows"].fill_(-1)
+    batch["words"]["tokens"].fill_(-1)
 
 
 def not_a_number(model):
@@ -43,20 +43,20 @@ def not_a_number(model):
 
 
 def a_stranger(model):
-    model.host.lm_head.weight.requires_grad_(True)
+    model.base.lm_head.weight.requires_grad_(True)
 
 
 def says_one_thing(model):
-    model.host.lm_head.weight.data.zero_()
+    model.base.lm_head.weight.data.zero_()
     model.match = "exact"
 
 
 def closed_gate(model):
-    model.host.model.language_model.layers[3].cross_attn_attn_gate.data.zero_()
+    model.base.model.language_model.layers[3].cross_attn_attn_gate.data.zero_()
 
 
 def asked_for_gradients(model):
-    model.host.enable_input_require_grads()
+    model.base.enable_input_require_grads()
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ def asked_for_gradients(model):
         (second_bos, "a text begins 2 times, once is right"),
         (no_words, "the first 16 examples hold no word with a map"),
         (not_a_number, "loss_vlm is nan before the first step"),
-        (a_stranger, r"1 parameters train that should not, \['vlm.*lm_head.weight'\] for one"),
+        (a_stranger, r"1 parameters train that should not, \['host.*lm_head.weight'\] for one"),
         (says_one_thing, "none of [0-9]+ mapped words in 16 examples, so --match exact aligns nothing"),
-        (closed_gate, r"no gradient reaches vlm\S+layers.3.cross_attn.v_proj"),
+        (closed_gate, r"no gradient reaches host\S+layers.3.cross_attn.v_proj"),
         (asked_for_gradients, "the frozen vision tower builds a graph"),
     ],
 )
@@ -82,7 +82,7 @@ def test_what_is_wrong_is_named(vlm_folder, rows, tmp_path, harm, message):
             harm(batch)
             return batch
 
-        harmed.host, harmed.processor = made[2], made[1]
+        harmed.family, harmed.processor = made[0].family, made[1]
         trainer.data_collator = harmed
     else:
         harm(made[0])

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from fitting import fit, host_state, make
+from fitting import fit, host_state, inputs_of, make, words_of
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from lavender_min.data import Example
 from lavender_min.maps import MapStore
 from lavender_min.toy import data
-from lavender_min.tuning import collator
 from lavender_min.tuning.collator import Collator, MappedExamples
+from lavender_min.tuning.flags import ATTEND
 
 
 @pytest.fixture
@@ -22,21 +23,36 @@ def rows(store_folder):
 
 @pytest.fixture
 def batch(vlm_folder, rows):
-    model, processor, host = make(vlm_folder)
-    return model, processor, Collator(processor, model.host.config, host)([rows[i] for i in range(4)])
+    model, processor = make(vlm_folder)
+    return model, processor, Collator(processor, model.family, model.base.config)([rows[i] for i in range(4)])
 
 
 def test_words_are_found_in_the_chat(batch, rows):
     _, processor, made = batch
-    for i in range(4):
-        example, stored = rows[i]
-        words = [word for word in stored.words if word.field == "answer"]
-        for j, word in enumerate(words):
-            tokens = [t for t in made["word_tokens"][i, j].tolist() if t >= 0]
-            assert processor.tokenizer.decode(made["input_ids"][i, tokens]).strip(" ,.?") == word.text
-        assert (made["word_tokens"][i, len(words) :] == -1).all()
-        target = made["targets"][i, : len(words)]
-        assert target.amin() == 0 and target.amax() == pytest.approx(1, abs=1e-3)
+    spoken = [[word for word in rows[i][1].words if word.field == "answer"] for i in range(4)]
+    found = words_of(made)
+    assert [text for text, *_ in found] == [i for i in range(4) for _ in spoken[i]]
+    for (text, tokens, _), word in zip(found, (word for words in spoken for word in words), strict=True):
+        assert processor.tokenizer.decode(made["input_ids"][text, tokens]).strip(" ,.?") == word.text
+    targets = made["words"]["targets"]
+    assert len(targets) == len(found)
+    assert (targets.amin((1, 2)) == 0).all() and targets.amax((1, 2)).sub(1).abs().max() < 1e-3
+
+
+def test_rows_follow_the_tokens_there_are(vlm_folder, store_folder):
+    """One long word adds its own tokens and no more: neither to the other words of its text nor to other texts."""
+    model, processor = make(vlm_folder)
+    example, stored = MappedExamples(data.load("tune", 1), MapStore(store_folder))[0]
+    slug = "x" * 70
+    long = example._replace(answer=example.answer + " " + slug)
+    word = stored.words[-1]._replace(text=slug, field="answer", start=len(example.answer) + 1, end=len(long.answer))
+    longer = stored._replace(words=[*stored.words, word], maps=torch.cat([stored.maps, stored.maps[:1]]))
+    collate = Collator(processor, model.family, model.base.config)
+    short, both = collate([(example, stored)] * 2), collate([(example, stored), (long, longer)])
+    tokens = len(words_of(both)[-1][1])
+    assert tokens >= 35
+    assert len(both["words"]["rows"]) == len(short["words"]["rows"]) + tokens
+    assert both["words"]["counts"] == [len(short["words"]["rows"]) // 2, len(short["words"]["rows"]) // 2 + tokens]
 
 
 def test_only_the_answer_and_its_end_are_labelled(batch, rows):
@@ -48,14 +64,15 @@ def test_only_the_answer_and_its_end_are_labelled(batch, rows):
 
 
 def test_reading_rows_come_one_later_than_predicting_rows(vlm_folder, rows):
-    model, processor, host = make(vlm_folder)
+    model, processor = make(vlm_folder)
     made = {
-        attend: Collator(processor, model.host.config, host, attend=attend, words="all")([rows[1]])
-        for attend in collator.ATTEND
+        attend: Collator(processor, model.family, model.base.config, attend=attend, words="all")([rows[1]])
+        for attend in ATTEND
     }
-    predicting, reading = (made[attend]["word_rows"] for attend in ("predicting", "reading"))
-    assert torch.equal(predicting.where(predicting < 0, predicting + 1), reading)
-    assert (made["reading"]["word_rows"] >= 0).any(-1).sum() == len(rows[1][1].words)  # question and answer
+    predicting, reading = (made[attend]["words"]["rows"] for attend in ("predicting", "reading"))
+    assert torch.equal(predicting + 1, reading)
+    # Question and answer.
+    assert len(made["reading"]["words"]["lengths"]) == len(rows[1][1].words)
 
 
 def test_maps_of_other_text_are_refused(store_folder):
@@ -76,26 +93,19 @@ def test_a_store_of_other_data_is_refused(store_folder):
 def test_the_language_loss_is_that_of_transformers(batch):
     model, _, made = batch
     ours = model(**made)["loss_vlm"]
-    kept = {k: v for k, v in made.items() if k not in ("word_rows", "word_tokens", "targets", "layout")}
-    torch.testing.assert_close(ours, model.vlm(**kept).loss)
+    torch.testing.assert_close(ours, model.host(**inputs_of(made), labels=made["labels"]).loss)
 
 
 def test_exact_match_keeps_the_words_whose_every_token_is_predicted(batch):
     model, _, made = batch
-    kept = {k: v for k, v in made.items() if k not in ("labels", "word_rows", "word_tokens", "targets", "layout")}
-    guess = model.vlm(**kept).logits.argmax(-1)
-    # make some words right: put the model's own guesses where two words stand, and ask again
-    for i in range(2):
-        for t in made["word_tokens"][i, 1].tolist():
-            if t >= 0:
-                made["input_ids"][i, t] = guess[i, t - 1]
-    kept["input_ids"] = made["input_ids"]
-    guess = model.vlm(**kept).logits.argmax(-1)
+    guess = model.host(**inputs_of(made)).logits.argmax(-1)
+    # Make two words right: put the model's own guesses where they stand, and look again.
+    for text, tokens, _ in (words_of(made)[1], words_of(made)[-1]):
+        for t in tokens:
+            made["input_ids"][text, t] = guess[text, t - 1]
+    guess = model.host(**inputs_of(made)).logits.argmax(-1)
     right = sum(
-        all(guess[i, t - 1] == made["input_ids"][i, t] for t in word if t >= 0)
-        for i, words in enumerate(made["word_tokens"].tolist())
-        for word in words
-        if max(word) >= 0
+        all(guess[text, t - 1] == made["input_ids"][text, t] for t in tokens) for text, tokens, _ in words_of(made)
     )
     model.match = "exact"
     assert model(**made)["words"] == right > 0
@@ -103,8 +113,8 @@ def test_exact_match_keeps_the_words_whose_every_token_is_predicted(batch):
 
 def test_no_matched_word_costs_nothing_and_gives_zero_gradients(batch):
     model, _, made = batch
-    made["word_rows"].fill_(-1)
-    made["word_tokens"].fill_(-1)
+    made["words"]["rows"].fill_(-1)
+    made["words"]["tokens"].fill_(-1)
     out = model(**made)
     assert out["loss_att"] == 0 and out["words"] == 0
     out["loss"].backward()
@@ -144,8 +154,8 @@ def test_batch_8_equals_4_accumulated_twice(vlm_folder, rows, tmp_path, aggregat
 def test_checkpointing_gives_the_same_gradients(vlm_folder, rows, aggregate):
     gradients = []
     for checkpointed in (False, True):
-        model, processor, host = make(vlm_folder, aggregate=aggregate)
-        made = Collator(processor, model.host.config, host)([rows[i] for i in range(2)])
+        model, processor = make(vlm_folder, aggregate=aggregate)
+        made = Collator(processor, model.family, model.base.config)([rows[i] for i in range(2)])
         model.train()
         if checkpointed:
             model.gradient_checkpointing_enable()
@@ -158,9 +168,9 @@ def test_checkpointing_gives_the_same_gradients(vlm_folder, rows, aggregate):
 
 def test_alignment_gradients_equal_an_eager_implementations(vlm_folder, rows):
     """Layer-mean, against output_attentions of the eager host with the maps gathered and resampled by hand."""
-    model, processor, host = make(vlm_folder, aggregate="layer-mean")
-    made = Collator(processor, model.host.config, host)([rows[i] for i in range(2)])
-    for parameter in model.vlm.parameters():
+    model, processor = make(vlm_folder, aggregate="layer-mean")
+    made = Collator(processor, model.family, model.base.config)([rows[i] for i in range(2)])
+    for parameter in model.host.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.02)  # LoRA's second factor starts at 0, which would hide the first's gradient
     out = model(**made)
@@ -168,10 +178,9 @@ def test_alignment_gradients_equal_an_eager_implementations(vlm_folder, rows):
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
-    model.host.set_attn_implementation({"text_config": "eager"})
-    inputs = {k: v for k, v in made.items() if k not in ("labels", "word_rows", "word_tokens", "targets", "layout")}
-    out = model.host(**inputs, labels=made["labels"], output_attentions=True)
-    layers = model.host.config.text_config.cross_attention_layers
+    model.base.set_attn_implementation({"text_config": "eager"})
+    out = model.base(**inputs_of(made), labels=made["labels"], output_attentions=True)
+    layers = model.base.config.text_config.cross_attention_layers
     tiles = (
         torch.stack([out.attentions[i] for i in layers])
         .mean(0)
@@ -180,15 +189,10 @@ def test_alignment_gradients_equal_an_eager_implementations(vlm_folder, rows):
     )
     canvas = tiles.permute(0, 1, 2, 3, 5, 4, 6).flatten(3, 4).flatten(4, 5) * 256  # uniform attention is 1
     maps = F.interpolate(canvas.flatten(0, 1), size=(32, 32), mode="bilinear").unflatten(0, canvas.shape[:2])
-    words, targets = [], []
-    for b, word_rows in enumerate(made["word_rows"].tolist()):
-        for j, word in enumerate(word_rows):
-            if max(word) >= 0:
-                words.append(torch.stack([maps[b, :, row] for row in word if row >= 0]).mean(0))
-                targets.append(made["targets"][b, j])
+    words = [torch.stack([maps[text, :, row] for row in rows]).mean(0) for text, _, rows in words_of(made)]
     made_maps = model.align.aligner.predict(torch.stack(words))
     low, high = made_maps.amin((1, 2), keepdim=True), made_maps.amax((1, 2), keepdim=True)
-    error = F.mse_loss((made_maps - low) / (high - low + 1e-6), torch.stack(targets))
+    error = F.mse_loss((made_maps - low) / (high - low + 1e-6), made["words"]["targets"])
     (out.loss + 10 * error).backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -213,13 +217,13 @@ def test_qlora_really_holds_4_bits(vlm_folder):
     import bitsandbytes as bnb
 
     model, *_ = make(vlm_folder, mode="qlora", lora_targets="language")
-    packed = [m for m in model.host.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    packed = [m for m in model.base.modules() if isinstance(m, bnb.nn.Linear4bit)]
     linear = [
-        m for n, m in model.host.named_modules()
+        m for n, m in model.base.named_modules()
         if isinstance(m, torch.nn.Linear) and not isinstance(m, bnb.nn.Linear4bit) and "lora" not in n
     ]  # fmt: skip
-    assert linear == [model.host.lm_head]
-    assert any(m in packed for m in model.host.model.vision_model.modules())
+    assert linear == [model.base.lm_head]
+    assert any(m in packed for m in model.base.model.vision_model.modules())
     for layer in packed:
         assert layer.weight.dtype == torch.uint8 and layer.weight.quant_type == "nf4"
         assert layer.weight.quant_state.nested  # double quantisation
@@ -228,9 +232,9 @@ def test_qlora_really_holds_4_bits(vlm_folder):
 
 def test_full_tuning_moves_every_part(vlm_folder, rows, tmp_path):
     model = make(vlm_folder, mode="full")
-    before = {name: p.detach().clone() for name, p in model[0].vlm.named_parameters()}
+    before = {name: p.detach().clone() for name, p in model[0].host.named_parameters()}
     fit(vlm_folder, rows, tmp_path, model=model, steps=1)
-    moved = {name for name, p in model[0].vlm.named_parameters() if not torch.equal(p, before[name])}
+    moved = {name for name, p in model[0].host.named_parameters() if not torch.equal(p, before[name])}
     for part in ("vision_model", "multi_modal_projector", "self_attn", "cross_attn", "lm_head"):
         assert any(part in name for name in moved), part
 
@@ -239,7 +243,7 @@ def test_checkpointing_through_the_trainer_changes_no_step(vlm_folder, rows, tmp
     dropout = {"lora_dropout": 0.1}  # drawn again, alike, when a layer is run again
     kept, _ = fit(vlm_folder, rows, tmp_path, flags=dropout, steps=2)
     again, _ = fit(vlm_folder, rows, tmp_path, flags=dropout, steps=2, gradient_checkpointing=True)
-    assert any(getattr(module, "gradient_checkpointing", False) for module in again.host.modules())
+    assert any(getattr(module, "gradient_checkpointing", False) for module in again.base.modules())
     for name, p in host_state(kept).items():
         torch.testing.assert_close(host_state(again)[name], p, atol=1e-5, rtol=1e-4)
 
@@ -248,7 +252,7 @@ def test_bf16_follows_the_trainers_flag(vlm_folder, rows, tmp_path):
     """Host in bfloat16, adapters, Aligner and optimiser in float32, autocast between them."""
     _, full = fit(vlm_folder, rows, tmp_path, steps=2)
     half, logged = fit(vlm_folder, rows, tmp_path, model=make(vlm_folder, torch.bfloat16), steps=2, bf16=True)
-    assert half.host.dtype == torch.bfloat16
+    assert half.base.dtype == torch.bfloat16
     assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
     for a, b in zip(full, logged, strict=True):
         assert b["loss_vlm"] != a["loss_vlm"] and b["loss_vlm"] == pytest.approx(a["loss_vlm"], rel=0.05)
@@ -263,7 +267,7 @@ def test_a_model_turned_to_bf16_whole_still_trains(batch):
     def half(tensor):
         return tensor.bfloat16() if tensor.is_floating_point() else tensor
 
-    made = {name: [half(t) for t in v] if isinstance(v, list) else half(v) for name, v in made.items()}
+    made = tree_map_only(torch.Tensor, half, made)
     out = model.bfloat16()(**made)
     for name in ("loss_vlm", "loss_att"):
         torch.testing.assert_close(out[name].float(), expected[name], rtol=0.05, atol=0)

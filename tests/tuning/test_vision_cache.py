@@ -23,7 +23,7 @@ def test_losses_are_those_of_the_uncached_run(vlm_folder, rows, tmp_path, dtype)
     """Two epochs over 8 pictures with a caption and a question each; kept as computed, so bfloat16 loses nothing either."""
     model = make(vlm_folder, dtype)
     runs, seen = [], []
-    model[0].host.model.vision_model.register_forward_hook(lambda module, args, out: runs.append(seen[:]))
+    model[0].base.model.vision_model.register_forward_hook(lambda module, args, out: runs.append(seen[:]))
 
     def cache(trainer):
         cache_vision(trainer, tmp_path / "vision")

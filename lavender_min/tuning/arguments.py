@@ -1,0 +1,73 @@
+"""The Trainer's flags: `transformers.TrainingArguments` with the paper's learning rate, logging and saving to this machine only."""
+# mypy: disable-error-code="assignment"
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from lavender_min import cli
+from lavender_min.tuning.flags import Flags
+
+
+def yes_or_no(help: str) -> Any:
+    """A flag that is None where it is not given: `--bf16` and `--bf16 false` both say something."""
+    return field(default=None, metadata={"nargs": "?", "const": True, "help": help})
+
+
+@dataclass
+class Training(TrainingArguments):
+    """What is None here follows from the machine, in `settle`. Whatever is given wins."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "default: runs/<data>-<mode>"})
+    optim: str | None = field(
+        default=None, metadata={"help": "default: paged_adamw_8bit with --qlora on a GPU, PyTorch's AdamW elsewhere"}
+    )
+    bf16: bool | None = yes_or_no("default: on a GPU that has it")
+    fp16: bool | None = yes_or_no("default: on a GPU without bf16 (T4), with loss scaling")
+    gradient_checkpointing: bool | None = yes_or_no("default: on a GPU")
+    learning_rate: float = 1e-4
+    per_device_train_batch_size: int | None = field(default=None, metadata={"help": "default: 1, four times a step"})
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "default: 1, if a batch size is given"}
+    )
+    logging_steps: float = 10
+    save_total_limit: int | None = 2
+    report_to: str = "none"
+    remove_unused_columns: bool = False
+
+    def __post_init__(self):
+        """Left to `settle`: the output folder, for one, follows from other flags."""
+
+
+def parse(argv: list[str], flags: Flags) -> Training:
+    training_args = cli.parse(Training, "train.py", "The flags of transformers.TrainingArguments.", argv)
+    settle(training_args, flags)
+    return training_args
+
+
+def settle(args: Training, flags: Flags) -> None:
+    """Fills in what follows from other flags and from the machine."""
+    args.output_dir = args.output_dir or flags.output_dir
+    # The collator takes whole examples.
+    args.remove_unused_columns = False
+    on_gpu = flags.plan or (torch.cuda.is_available() and not args.use_cpu)
+    # 4 is the paper's batch; 1 at a time fits the smallest cards.
+    if args.gradient_accumulation_steps is None:
+        args.gradient_accumulation_steps = 1 if args.per_device_train_batch_size else 4
+    args.per_device_train_batch_size = args.per_device_train_batch_size or 1
+    # bitsandbytes does run on a CPU, but its optimiser pages nothing there and the toy model's state is small.
+    if args.optim is None:
+        args.optim = "paged_adamw_8bit" if on_gpu and flags.mode == "qlora" else TrainingArguments.optim
+    if args.bf16 is None and args.fp16 is None and on_gpu and not flags.plan:
+        args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.fp16 = not args.bf16
+    args.bf16, args.fp16 = bool(args.bf16), bool(args.fp16)
+    given = args.gradient_checkpointing
+    # What newer versions of transformers call it.
+    name = "activation_checkpointing"
+    name = name if hasattr(args, name) else "gradient_checkpointing"
+    if getattr(args, name) is None:
+        setattr(args, name, on_gpu if given is None else given)
+    TrainingArguments.__post_init__(args)

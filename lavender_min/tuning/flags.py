@@ -1,0 +1,74 @@
+"""The flags of train.py: name, default and help of each, once. The Trainer's own are in `arguments`.
+
+`ModelFlags` are those that make a model and its losses; a finished run remembers them in its folder.
+"""
+
+from dataclasses import dataclass, fields
+
+from lavender_min import data
+from lavender_min.align import AGGREGATIONS, ALIGNERS, NORMS
+from lavender_min.cli import flag
+
+MODES = ("qlora", "lora", "full")
+MATCHES = ("exact", "all")
+ATTEND = ("predicting", "reading")
+
+
+@dataclass
+class ModelFlags:
+    vlm: str | None = flag(None, "hub id or folder of the host (default: what goes with the data)")
+    mode: str = flag("lora", "what of the host trains; --qlora, --lora and --full are short for it", MODES)
+    lora_r: int = flag(8, "rank of the adapters")
+    lora_alpha: int = flag(32, "their scale, times their rank")
+    lora_dropout: float = flag(0.05, "their dropout")
+    lora_targets: str = flag("cross", "cross, language, released, or a regular expression over the host's modules")
+    plain: bool = flag(False, "fine-tune without alignment: the baseline")
+    aggregate: str = flag(
+        "learn",
+        "what is aligned: " + "; ".join(f"{name}: {row.about}" for name, row in AGGREGATIONS.items()),
+        AGGREGATIONS,
+    )
+    parallel_rank: int = flag(64, "rank of the parallel projections; 0: full copies")
+    aligner: str = flag("sim", "depth of the Aligner; none: the mean over its channels is aligned", ALIGNERS)
+    aligner_kernel: int = flag(3, "3 is the paper's conv, 1 its mlp", [3, 1])
+    aligner_norm: str = flag("instance", "norm inside the Aligner", NORMS)
+    lambda_att: float = flag(10.0, "weight of the alignment loss; 0 only measures it")
+    match: str = flag("exact", "align the words that the host predicts right, or all", MATCHES)
+    words: str = flag("answer", "align words of the answer, or of question and answer", ["answer", "all"])
+    attend: str = flag("predicting", "the rows that predict a word, or that read it", ATTEND)
+
+
+@dataclass
+class Flags(ModelFlags):
+    data: str = flag("flickr30k", "the examples", data.SOURCES)
+    data_root: str | None = flag(None, "their folder or hub id (default: data/<data>)")
+    split: str | None = flag(None, "a part of them")
+    captions: str | None = flag(None, "first or all, as the maps were made")
+    maps: str | None = flag(None, "the store that extract.py made (default: maps/<data>)")
+    limit: int | None = flag(None, "take only the first N examples")
+    qlora: bool = flag(False, "4-bit host (NF4, double quantisation) with LoRA adapters")
+    lora: bool = flag(False, "LoRA adapters; what is done when nothing else is asked")
+    full: bool = flag(False, "train every weight of the host")
+    pretrain_aligner_steps: int = flag(0, "steps that train the Aligner only")
+    cache_vision: bool = flag(False, "run the frozen vision tower once a picture, and keep its states on disk")
+    picture_steps: int = flag(100, "with --report_to tensorboard: steps between pictures of word maps")
+    plan: bool = flag(False, "only say where a GPU's memory would go, and load nothing")
+    help_training: bool = flag(False, "print the help of the Trainer's flags and leave")
+
+    def __post_init__(self) -> None:
+        """Fills in what follows from other flags."""
+        modes = [mode for mode in MODES if getattr(self, mode)]
+        if len(modes) > 1:
+            raise ValueError(f"--{modes[0]} and --{modes[1]} exclude each other")
+        self.mode = modes[0] if modes else self.mode
+        self.vlm = self.vlm or data.SOURCES[self.data].vlm
+        self.maps = self.maps or f"maps/{self.data}"
+
+    @property
+    def output_dir(self) -> str:
+        """Where a run goes that was not told where."""
+        return f"runs/{self.data}-{'plain' if self.plain else self.mode}"
+
+    @property
+    def of_model(self) -> ModelFlags:
+        return ModelFlags(**{field.name: getattr(self, field.name) for field in fields(ModelFlags)})
