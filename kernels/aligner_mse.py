@@ -34,7 +34,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .shapes import check_aligner_mse, check_dtype
+from .shapes import check_dtype, strides
 
 EPS = tl.constexpr(1e-6)
 
@@ -58,7 +58,8 @@ def word_error(
     m_i = i_i < cells
     p_dz, p_sums = p_dz + i_m * cells, p_sums + i_m * (c + 2)
     valid = tl.load(p_valid + i_m) != 0
-    words = 0  # V, counted by every program: m bytes
+    # V, counted by every program: m bytes
+    words = 0
     for i in range(0, m, BM):
         i_w = i + tl.arange(0, BM)
         words += tl.sum((tl.load(p_valid + i_w, mask=i_w < m, other=0) != 0).to(tl.int32))
@@ -122,8 +123,10 @@ class AlignerMSE(torch.autograd.Function):
         sums, dz = (features.new_empty(m, columns, dtype=torch.float32) for columns in (c + 2, gy * gx))
         block = triton.next_power_of_2(gy * gx)
         word_error[m,](
-            features, *features.stride(), weight, bias, target, *target.stride(), valid.contiguous().view(torch.uint8),
-            dz, sums, m, c, gx, gy * gx, MINMAX=minmax, BM=1024, BC=max(1, 4096 // block), BI=block, num_warps=8,
+            p_f=features, **strides("f", "mcyx", features), p_weight=weight, p_bias=bias,
+            p_target=target, **strides("t", "myx", target), p_valid=valid.contiguous().view(torch.uint8),
+            p_dz=dz, p_sums=sums, m=m, c=c, gx=gx, cells=gy * gx,
+            MINMAX=minmax, BM=1024, BC=max(1, 4096 // block), BI=block, num_warps=8,
         )  # fmt: skip
         loss, dbias, dweight = sums.sum(0).split([1, 1, c])
         ctx.save_for_backward(dz, weight, dweight, dbias)
@@ -139,7 +142,10 @@ class AlignerMSE(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             df = torch.empty_strided(shape, stride, dtype=dtype, device=dz.device)
             block = triton.next_power_of_2(gy * gx)
-            feature_gradient[m,](dz, weight, dloss, df, *df.stride(), c, gx, gy * gx, BI=block, num_warps=8)
+            feature_gradient[m,](
+                p_dz=dz, p_weight=weight, p_dloss=dloss, p_df=df, **strides("d", "mcyx", df), c=c, gx=gx, cells=gy * gx,
+                BI=block, num_warps=8,
+            )  # fmt: skip
         return df, (dweight * dloss).to(weight.dtype), (dbias * dloss).to(bias_dtype).view(bias_shape), None, None, None
 
 
@@ -152,13 +158,14 @@ def aligner_mse(
     output: str = "minmax",
     valid: Bool[Tensor, " m"],
 ) -> Float[Tensor, ""]:
-    """See lavender_min.ops.aligner_mse. Maps of up to 128×128 cells; features and target may be strided."""
-    sizes = check_aligner_mse(features, weight, bias, target, output, valid)
+    """See lavender_min.ops.aligner_mse, which checks the shapes. Maps of up to 128×128 cells, strided or not."""
     check_dtype("aligner_mse (Triton)", "features", features, (torch.float32, torch.float16, torch.bfloat16))
-    if sizes["gy"] * sizes["gx"] > 128 * 128:
+    m, _, gy, gx = features.shape
+    if gy * gx > 128 * 128:
         raise ValueError(
             f"aligner_mse: the Triton kernel takes up to 16384 cells; got {list(target.shape)}; use backend='torch'"
         )
-    if sizes["m"] == 0:  # no word, no program: still a graph, so that every gradient is 0 and not None
+    if m == 0:
+        # no word, no program: still a graph, so that every gradient is 0 and not None
         return (features.sum() + (weight * 0).sum() + (bias * 0).sum()).float()
     return AlignerMSE.apply(features, weight, bias, target, output == "minmax", valid)

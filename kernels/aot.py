@@ -88,8 +88,8 @@ def word_case(dtype=torch.bfloat16, t=512, n=32, tiles=4, d=128, mask="float") -
     layout = _Layout(torch.empty(1, side, side, dtype=torch.int32, device="meta"), line, line)
     masks = {"float": dtype, "bool": torch.bool}
     attn_mask = torch.empty(1, 1, t, p, dtype=masks[mask], device="meta") if mask in masks else None
-    tokens = torch.empty(1, n, dtype=torch.int32, device="meta")
-    out = word_attention(query, key, tokens, layout, attn_mask=attn_mask, is_causal=mask == "causal")
+    rows = torch.empty(n, dtype=torch.int32, device="meta")
+    out = word_attention(query, key, rows, [n], layout, attn_mask=attn_mask, is_causal=mask == "causal")
     out.backward(torch.empty_like(out))
 
 

@@ -28,7 +28,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from .shapes import check_diffusion_attention, check_dtype
+from .shapes import check_dtype, strides
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -77,7 +77,8 @@ def attend(
         m_w = i_w < w
         p = p_words + i_b * s_wb + i_l[:, None] * s_wl + i_w[None, :] * s_ww
         b_w = tl.load(p, mask=m_l[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        b_map = tl.dot(b_heads / h, b_w, input_precision="tf32x3")  # [BQ, BW]; plain TF32 keeps three digits of 1/3
+        # [BQ, BW]; plain TF32 would keep three digits of 1/3
+        b_map = tl.dot(b_heads / h, b_w, input_precision="tf32x3")
         p = p_maps + i_b * s_mb + i_w[None, :] * s_mw + i_q[:, None] * s_mq
         m = m_q[:, None] & m_w[None, :]
         tl.store(p, tl.load(p, mask=m, other=0.0) + b_map, mask=m)
@@ -91,9 +92,8 @@ def blocks(b: int, q: int, d: int, dtype: torch.dtype) -> dict:
     third less work in the dots but twice the code, for a kernel that waits for memory.
     """
     chunk = min((64, 32, 16), key=lambda size: (triton.cdiv(d, size) * size, -size))
-    many = (
-        b * triton.cdiv(q, 32) >= 128 and dtype != torch.float32
-    )  # tf32x3 spills a little at 16 pixels (100 bytes), more at 32
+    # fp32: tf32x3 spills a little at 16 pixels (100 bytes), more at 32
+    many = b * triton.cdiv(q, 32) >= 128 and dtype != torch.float32
     return {"BQ": 32 if many else 16, "BD": chunk, "num_warps": 4}
 
 
@@ -107,23 +107,25 @@ def diffusion_attention(
     *,
     scale: float | None = None,
 ) -> Float[Tensor, "b h q d"]:
-    """See lavender_min.ops.diffusion_attention. Up to 512 tokens; strides are passed on, nothing is copied."""
-    sizes = check_diffusion_attention(query, key, value, word_weights, maps)
+    """See lavender_min.ops.diffusion_attention, which checks the shapes. Up to 512 tokens; strides are passed on."""
     check_dtype("diffusion_attention (Triton)", "query", query, (torch.float32, torch.float16, torch.bfloat16))
-    b, h, q, d, length, w = (sizes[axis] for axis in "bhqdlw")
+    (b, h, q, d), length, w = query.shape, key.shape[2], maps.shape[1]
     if length > 512:
         raise ValueError(
             f"diffusion_attention: the Triton kernel takes up to 512 tokens; got {length}; use backend='torch'"
         )
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = torch.empty_like(query)
-    if out.stride(-1) != 1:  # an expanded query
+    if out.stride(-1) != 1:
+        # an expanded query
         out = query.new_empty(query.shape)
-    size = blocks(b, q, d, query.dtype)
+    scale, size = d**-0.5 if scale is None else scale, blocks(b, q, d, query.dtype)
     attend[triton.cdiv(q, size["BQ"]), b](
-        query, *query.stride()[:3], key, *key.stride()[:3], value, *value.stride()[:3], out, *out.stride()[:3],
-        word_weights, *word_weights.stride(), maps, *maps.stride(), h, q, length, w,
-        (d**-0.5 if scale is None else scale) * LOG2E.value, D=d, PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
+        p_query=query, **strides("q", "bhq", query), p_key=key, **strides("k", "bhl", key),
+        p_value=value, **strides("v", "bhl", value), p_out=out, **strides("o", "bhq", out),
+        p_words=word_weights, **strides("w", "blw", word_weights), p_maps=maps, **strides("m", "bwq", maps),
+        h=h, q=q, length=length, w=w, scale2=scale * LOG2E.value,
+        D=d, PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
         BL=max(16, triton.next_power_of_2(length)), BW=max(16, min(32, triton.next_power_of_2(w))), **size,
     )  # fmt: skip
     return out

@@ -1,4 +1,6 @@
-"""What the three ops accept, checked before any work, with one line that says what was wanted, what came and what to do."""
+"""What the three ops accept, checked by `ops` before any work. An error is one line: what was wanted, what came, what to do."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,18 +40,29 @@ def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, 
         raise ValueError(f"{op}: {name} should be {names}; got {str(tensor.dtype).removeprefix('torch.')}")
 
 
-def check_word_attention(query, key, tokens, layout, attn_mask, is_causal) -> dict[str, int]:
-    """Sizes b, h, t, d, hkv, p, n, hc, wc, gy, gx of a valid call. No value is read, so nothing waits for the GPU."""
+def strides(name: str, axes: str, x: Tensor) -> dict[str, int]:
+    """A kernel's arguments for the strides of x: `strides("q", "bh", query)` is {"s_qb": …, "s_qh": …}."""
+    return {f"s_{name}{axis}": stride for axis, stride in zip(axes, x.stride(), strict=False)}
+
+
+def check_word_attention(query, key, rows, counts: Sequence[int], layout, attn_mask, is_causal) -> None:
+    """No value of a tensor is read, so nothing waits for the GPU."""
     op = "word_attention"
     sizes = check_shapes(
-        op, query=(query, "b h t d"), key=(key, "b hkv p d"), tokens=(tokens, "b n"),
+        op, query=(query, "b h t d"), key=(key, "b hkv p d"), rows=(rows, "n"),
         **{"layout.index": (layout.index, "b hc wc")},
         **{"layout.resize_y": (layout.resize_y, "b gy hc"), "layout.resize_x": (layout.resize_x, "b gx wc")},
     )  # fmt: skip
     check_dtype(op, "query", query, HALF_OR_FULL)
     check_dtype(op, "key", key, (query.dtype,))
-    check_dtype(op, "tokens", tokens, (torch.int32, torch.int64))
+    check_dtype(op, "rows", rows, (torch.int32, torch.int64))
     check_dtype(op, "layout.index", layout.index, (torch.int32, torch.int64))
+    whole = all(isinstance(count, int) and count >= 0 for count in counts)
+    if not whole or len(counts) != sizes["b"] or sum(counts) != sizes["n"]:
+        raise ValueError(
+            f"{op}: counts should be {sizes['b']} whole numbers (the rows of each picture) that add up to n={sizes['n']} "
+            f"(from rows); got {list(counts)}"
+        )
     if sizes["h"] % sizes["hkv"]:
         raise ValueError(
             f"{op}: {sizes['h']} query heads cannot be shared out over {sizes['hkv']} key heads; h must be a multiple of hkv"
@@ -66,13 +79,11 @@ def check_word_attention(query, key, tokens, layout, attn_mask, is_causal) -> di
             raise ValueError(f"{op}: give attn_mask or is_causal=True, not both (as in scaled_dot_product_attention)")
         if attn_mask.requires_grad:
             raise ValueError(f"{op}: attn_mask gets no gradient here; pass attn_mask.detach()")
-    return sizes
 
 
-def check_diffusion_attention(query, key, value, word_weights, maps) -> dict[str, int]:
-    """Sizes b, h, q, d, l, w of a valid call."""
+def check_diffusion_attention(query, key, value, word_weights, maps) -> None:
     op = "diffusion_attention"
-    sizes = check_shapes(
+    check_shapes(
         op, query=(query, "b h q d"), key=(key, "b h l d"), value=(value, "b h l d"),
         word_weights=(word_weights, "b l w"), maps=(maps, "b w q"),
     )  # fmt: skip
@@ -82,13 +93,11 @@ def check_diffusion_attention(query, key, value, word_weights, maps) -> dict[str
     check_dtype(op, "maps", maps, (torch.float64,) if query.dtype == torch.float64 else (torch.float32,))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, word_weights, maps)):
         raise ValueError(f"{op}: has no gradient (Stable Diffusion is frozen here); call it under torch.no_grad()")
-    return sizes
 
 
-def check_aligner_mse(features, weight, bias, target, output, valid) -> dict[str, int]:
-    """Sizes m, c, gy, gx of a valid call."""
+def check_aligner_mse(features, weight, bias, target, output, valid) -> None:
     op = "aligner_mse"
-    sizes = check_shapes(
+    check_shapes(
         op, features=(features, "m c gy gx"), weight=(weight, "c"), target=(target, "m gy gx"), valid=(valid, "m")
     )
     if bias.numel() != 1 or bias.device != features.device:
@@ -99,4 +108,3 @@ def check_aligner_mse(features, weight, bias, target, output, valid) -> dict[str
     check_dtype(op, "valid", valid, (torch.bool,))
     if output not in ("minmax", "none"):
         raise ValueError(f'{op}: output should be "minmax" or "none"; got {output!r}')
-    return sizes

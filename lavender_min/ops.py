@@ -3,7 +3,7 @@
 `backend=None` takes Triton for CUDA tensors and PyTorch elsewhere. LAVENDER_BACKEND=triton|torch or the argument overrides it.
 The choice is logged once. With TRITON_INTERPRET=1 the kernels also run on a CPU, slowly: for tests.
 
-`layout` is a PatchLayout: index int32 [b, hc, wc], resize_y [b, gy, hc], resize_x [b, gx, wc]. A key may stand in one cell at most.
+Shapes are checked here, for both backends. Of a PatchLayout, a key may stand in one cell at most.
 """
 
 import functools
@@ -11,11 +11,13 @@ import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lavender_min import reference
+from lavender_min.geometry import PatchLayout
 from lavender_min.kernels import shapes
 
 logger = logging.getLogger(__name__)
@@ -23,7 +25,8 @@ BACKENDS = ("triton", "torch")
 
 
 @functools.cache
-def _say(message: str) -> None:  # once a process
+def _say(message: str) -> None:
+    """Once a process."""
     logger.info(message)
 
 
@@ -49,28 +52,31 @@ def choose_backend(tensor: Tensor, backend: str | None = None) -> str:
 
 
 def _kernel(name: str):
-    return getattr(importlib.import_module(f"lavender_min.kernels.{name}"), name)  # imports triton only when it is used
+    # imports triton only when it is used
+    return getattr(importlib.import_module(f"lavender_min.kernels.{name}"), name)
 
 
 def word_attention(
     query: Float[Tensor, "b h t d"],
     key: Float[Tensor, "b hkv p d"],
-    tokens: Int[Tensor, "b n"],
-    layout,
+    rows: Int[Tensor, " n"],
+    counts: Sequence[int],
+    layout: PatchLayout,
     *,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     backend: str | None = None,
-) -> Float[Tensor, "b n h gy gx"]:
-    """Attention of picked text tokens over the picture, one map a head: resize_y · A[..., index] · resize_xᵀ, in float32.
+) -> Float[Tensor, "n h gy gx"]:
+    """Attention of picked rows of the query over the picture, one map a head: resize_y · A[..., index] · resize_xᵀ, in float32.
 
-    `tokens` picks rows of `query` (−1: padding, gives 0). The softmax runs over all keys; those of the layout are kept.
+    `rows` is one list for the whole batch: the first counts[0] are rows of query[0], the next counts[1] of query[1], and so on.
+    A row of −1 gives 0. The softmax runs over all keys; the maps show those of the layout.
     Masks as in scaled_dot_product_attention; a row with no key left gives 0. Gradients reach query and key.
     """
-    shapes.check_word_attention(query, key, tokens, layout, attn_mask, is_causal)
+    shapes.check_word_attention(query, key, rows, counts, layout, attn_mask, is_causal)
     run = reference.word_attention if choose_backend(query, backend) == "torch" else _kernel("word_attention")
-    return run(query, key, tokens, layout, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+    return run(query, key, rows, counts, layout, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
 
 
 def diffusion_attention(

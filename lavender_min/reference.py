@@ -4,10 +4,14 @@ Everything is computed in float32 (float64 for float64 inputs), whatever the inp
 numbers: one key out of 6,404 gets 0.00016 on average.
 """
 
+from collections.abc import Sequence
+
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from lavender_min.geometry import PatchLayout
 
 EPS = 1e-6  # in the min-max normalisation, as in the paper's code
 
@@ -15,51 +19,50 @@ EPS = 1e-6  # in the min-max normalisation, as in the paper's code
 def word_attention(
     query: Float[Tensor, "b h t d"],
     key: Float[Tensor, "b hkv p d"],
-    tokens: Int[Tensor, "b n"],
-    layout,
+    rows: Int[Tensor, " n"],
+    counts: Sequence[int],
+    layout: PatchLayout,
     *,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
-) -> Float[Tensor, "b n h gy gx"]:
-    """Attention of picked text tokens over the picture, one map a head: out = resize_y · A[..., index] · resize_xᵀ.
+) -> Float[Tensor, "n h gy gx"]:
+    """Attention of picked rows of the query over the picture, one map a head: out = resize_y · A[..., index] · resize_xᵀ.
 
-    1. Rows first: only the n picked tokens are scored, so the largest tensor is [b, h, n, p], never [b, h, t, p].
+    `rows` is one list for the whole batch, picture after picture; picture i has counts[i] of them. For each picture:
+
+    1. Rows first: only the picked rows are scored, so the largest tensor is [h, n, p], never [h, t, p].
     2. A is the softmax over all keys; query head i reads key head i // (h / hkv), so K is never repeated.
     3. The keys of `layout` are put in picture order (index −1: no patch, 0) and resampled to gy × gx.
 
-    Rows of padding (token −1) and rows whose keys are all masked (False or −inf) are 0.
+    Rows of −1 and rows whose keys are all masked (False or −inf) are 0.
     """
-    b, h, _, d = query.shape
-    (hkv, p), n = key.shape[1:3], tokens.shape[1]
+    (b, h, t, d), (hkv, p) = query.shape, key.shape[1:3]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    row = tokens.long().clamp(min=0)
+    scale = d**-0.5 if scale is None else scale
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)].expand(b, -1, t, p)
+    maps = []
+    for i, row in enumerate(rows.long().split(list(counts))):
+        nothing, row = row < 0, row.clamp(min=0)
+        picked = rearrange(query[i, :, row].to(dtype) * scale, "(hkv group) n d -> hkv (group n) d", hkv=hkv)
+        scores = (picked @ key[i].to(dtype).mT).view(h, -1, p)
+        if is_causal or attn_mask is not None:
+            mask = attn_mask[i, :, row] if attn_mask is not None else torch.arange(p, device=row.device) <= row[:, None]
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+            # a row with no key left would be 0 / 0
+            dead = (mask == -torch.inf).all(-1)
+            scores, nothing = scores + mask.masked_fill(dead[..., None], 0), nothing | dead
+        attention = scores.softmax(-1)
 
-    picked = query.gather(2, repeat(row, "b n -> b h n d", h=h, d=d)).to(dtype)
-    picked = rearrange(picked, "b (hkv group) n d -> b hkv (group n) d", hkv=hkv, n=n)
-    scores = (picked * (d**-0.5 if scale is None else scale)) @ key.to(dtype).mT
-    scores = scores.view(b, h, n, p)  # heads (hkv group) again
-
-    if is_causal:
-        mask = rearrange(torch.arange(p, device=key.device) <= row[..., None], "b n p -> b 1 n p")
-    elif attn_mask is not None:
-        mask = attn_mask[(None,) * (4 - attn_mask.ndim)].expand(b, -1, -1, p)  # [b, 1|h, 1|t, p]
-        if mask.shape[2] > 1:
-            mask = mask.gather(2, repeat(row, "b n -> b heads n p", heads=mask.shape[1], p=p))
-    nothing = rearrange(tokens < 0, "b n -> b 1 n 1")
-    if is_causal or attn_mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        dead = scores.detach().amax(-1, keepdim=True) == -torch.inf  # softmax would give 0 / 0
-        scores, nothing = scores.masked_fill(dead, 0), nothing | dead
-    attention = scores.softmax(-1)
-
-    cell = repeat(layout.index.long().clamp(min=0), "b y x -> b h n (y x)", h=h, n=n)
-    canvas = attention.gather(-1, cell).unflatten(-1, layout.index.shape[1:])
-    if (layout.index < 0).any():
-        canvas = canvas.masked_fill(rearrange(layout.index < 0, "b y x -> b 1 1 y x"), 0)
-    rows, cols = (rearrange(matrix.to(dtype), "b g c -> b 1 1 g c") for matrix in (layout.resize_y, layout.resize_x))
-    out = rows @ canvas @ cols.mT
-    return rearrange(out.masked_fill(nothing[..., None], 0), "b h n gy gx -> b n h gy gx")
+        index = layout.index[i].long()
+        canvas = attention[..., index.clamp(min=0)]
+        if (index < 0).any():
+            canvas = canvas.masked_fill(index < 0, 0)
+        out = layout.resize_y[i].to(dtype) @ canvas @ layout.resize_x[i].to(dtype).mT
+        maps.append(rearrange(out.masked_fill(nothing[..., None, None], 0), "h n gy gx -> n h gy gx"))
+    return torch.cat(maps)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import logging
 
+import jaxtyping
 import pytest
 import torch
 from torch.nn import functional as F
@@ -24,7 +25,7 @@ def draw_qk(b=2, h=4, hkv=2, t=6, p=15, d=5, dtype=torch.float64, seed=0):
     return (torch.randn(b, heads, length, d, generator=draw, dtype=dtype) for heads, length in ((h, t), (hkv, p)))
 
 
-def slow_word_attention(query, key, tokens, layout, attn_mask=None, is_causal=False, scale=None):
+def slow_word_attention(query, key, rows, counts, layout, attn_mask=None, is_causal=False, scale=None):
     """The definition, one row at a time; A comes from scaled_dot_product_attention with the identity as value."""
     b, h, t, _ = query.shape
     p = key.shape[2]
@@ -33,14 +34,14 @@ def slow_word_attention(query, key, tokens, layout, attn_mask=None, is_causal=Fa
     if attn_mask is not None:
         attn_mask = attn_mask.expand(b, h, query.shape[2], p)
     full = F.scaled_dot_product_attention(query, key, eye, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+    pictures = [i for i in range(b) for _ in range(counts[i])]
     out = []
-    for i in range(b):
-        for token in tokens[i].tolist():
-            for head in range(h):
-                row = torch.cat([full[i, head, token], full.new_zeros(1)])  # index −1 reads the 0 at the end
-                picked = row[layout.index[i].long()]
-                out.append(layout.resize_y[i] @ picked @ layout.resize_x[i].T * (token >= 0))
-    return torch.stack(out).unflatten(0, (b, tokens.shape[1], h))
+    for i, row in zip(pictures, rows.tolist(), strict=True):
+        for head in range(h):
+            attention = torch.cat([full[i, head, row], full.new_zeros(1)])  # index −1 reads the 0 at the end
+            canvas = attention[layout.index[i].long()]
+            out.append(layout.resize_y[i] @ canvas @ layout.resize_x[i].T * (row >= 0))
+    return torch.stack(out).unflatten(0, (len(rows), h))
 
 
 def masks(b, h, t, p):
@@ -55,12 +56,12 @@ def masks(b, h, t, p):
 def test_word_attention_is_sdpa_then_resampling(kind):
     query, key = draw_qk()
     layout = draw_layout(2, 3, 4, 5, 2, p=15)
-    tokens = torch.tensor([[0, 5, 3, 3], [2, -1, 4, 1]], dtype=torch.int32)
+    rows, counts = torch.tensor([0, 5, 3, 3, 2, -1, 4], dtype=torch.int32), [4, 3]
     mask = masks(2, 4, 6, 15).get(kind)
     query.requires_grad_(), key.requires_grad_()
-    wanted = slow_word_attention(query, key, tokens, layout, mask, kind == "causal", scale=0.7)
-    got = ops.word_attention(query, key, tokens, layout, attn_mask=mask, is_causal=kind == "causal", scale=0.7)
-    assert got.shape == (2, 4, 4, 5, 2)
+    wanted = slow_word_attention(query, key, rows, counts, layout, mask, kind == "causal", scale=0.7)
+    got = ops.word_attention(query, key, rows, counts, layout, attn_mask=mask, is_causal=kind == "causal", scale=0.7)
+    assert got.shape == (7, 4, 5, 2)
     torch.testing.assert_close(got, wanted)
     direction = torch.randn_like(got)
     for a, b in zip(*(torch.autograd.grad((x * direction).sum(), (query, key)) for x in (got, wanted)), strict=True):
@@ -70,11 +71,11 @@ def test_word_attention_is_sdpa_then_resampling(kind):
 def test_word_attention_gradcheck():
     query, key = draw_qk(b=1, h=2, hkv=1, t=3, p=7, d=3)
     layout = draw_layout(1, 2, 3, 2, 3, p=7)
-    tokens = torch.tensor([[2, 0, -1]], dtype=torch.int32)
+    rows = torch.tensor([2, 0, -1], dtype=torch.int32)
     mask = torch.ones(3, 7, dtype=torch.bool)
-    mask[0] = False  # the row of token 0 sees nothing
+    mask[0] = False  # row 0 sees nothing
     assert torch.autograd.gradcheck(
-        lambda q, k: reference.word_attention(q, k, tokens, layout, attn_mask=mask),
+        lambda q, k: reference.word_attention(q, k, rows, [3], layout, attn_mask=mask),
         (query.requires_grad_(), key.requires_grad_()),
     )
 
@@ -86,10 +87,10 @@ def test_rows_with_no_key_left_are_zero_and_send_no_nan_back(kind):
     mask[3] = False
     if kind == "float":
         mask = torch.zeros(6, 15).masked_fill(~mask, -torch.inf)
-    tokens = torch.tensor([[3, 1], [0, 3]], dtype=torch.int32)
+    rows, layout = torch.tensor([3, 1, 0, 3], dtype=torch.int32), draw_layout(2, 3, 4, 4, 4, 15, dtype=torch.float32)
     query.requires_grad_(), key.requires_grad_()
-    out = ops.word_attention(query, key, tokens, draw_layout(2, 3, 4, 4, 4, 15, dtype=torch.float32), attn_mask=mask)
-    assert (out[0, 0] == 0).all() and (out[1, 1] == 0).all() and (out[0, 1] != 0).any()
+    out = ops.word_attention(query, key, rows, [2, 2], layout, attn_mask=mask)
+    assert (out[0] == 0).all() and (out[3] == 0).all() and (out[1] != 0).any() and (out[2] != 0).any()
     out.square().sum().backward()
     assert query.grad.isfinite().all() and key.grad.isfinite().all() and (query.grad[:, :, 3] == 0).all()
 
@@ -101,7 +102,7 @@ def test_a_float_mask_of_finfo_min_everywhere_spreads_evenly_as_in_sdpa():
         *(torch.eye(n).repeat(2, 1, 1) for n in (3, 5)),
     )
     mask = torch.full((6, 15), torch.finfo(torch.float32).min)
-    out = ops.word_attention(query, key, torch.zeros(2, 1, dtype=torch.int32), layout, attn_mask=mask)
+    out = ops.word_attention(query, key, torch.zeros(2, dtype=torch.int32), [1, 1], layout, attn_mask=mask)
     torch.testing.assert_close(out, torch.full_like(out, 1 / 15))
 
 
@@ -109,23 +110,48 @@ def test_keys_outside_the_layout_get_gradients_through_the_softmax():
     query, key = draw_qk()
     layout = draw_layout(2, 2, 2, 2, 2, p=15, holes=0)
     key.requires_grad_()
-    ops.word_attention(query, key, torch.tensor([[0], [1]]), layout).square().sum().backward()
+    ops.word_attention(query, key, torch.tensor([0, 1]), [1, 1], layout).square().sum().backward()
     inside = torch.zeros(2, 15, dtype=torch.bool).scatter(1, layout.index.flatten(1).long(), True)
     assert (key.grad.abs().sum((1, 3))[~inside] > 0).all()
 
 
-def test_word_attention_without_tokens_is_empty():
-    query, key = draw_qk()
-    out = ops.word_attention(query, key, torch.zeros(2, 0, dtype=torch.int32), draw_layout(2, 3, 4, 5, 2, p=15))
-    assert out.shape == (2, 0, 4, 5, 2)
+@pytest.mark.parametrize("kind", ["none", "bool", "float", "causal"])
+def test_a_ragged_batch_is_each_picture_by_itself(kind):
+    """Pictures with many rows, with none and with few, to the bit; the gradients too."""
+    query, key = (x.requires_grad_() for x in draw_qk(b=3))
+    layout, counts = draw_layout(3, 3, 4, 5, 2, p=15), [3, 0, 7]
+    rows = torch.tensor([5, -1, 0, 4, 4, 1, 0, 3, 2, 5])
+    mask = masks(3, 4, 6, 15).get(kind)
+    out = ops.word_attention(query, key, rows, counts, layout, attn_mask=mask, is_causal=kind == "causal")
+    alone = []
+    for i, own in enumerate(rows.split(counts)):
+        one = slice(i, i + 1)
+        part = None if mask is None else mask[one] if len(mask) == 3 else mask
+        parts = PatchLayout(*(x[one] for x in layout))
+        alone.append(
+            ops.word_attention(query[one], key[one], own, [len(own)], parts, attn_mask=part, is_causal=kind == "causal")
+        )
+    assert [len(x) for x in alone] == counts and torch.equal(out, torch.cat(alone))
+    direction = torch.randn_like(out)
+    got, want = (torch.autograd.grad((x * direction).sum(), (query, key)) for x in (out, torch.cat(alone)))
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    assert (got[0][1] == 0).all() and (got[1][1] == 0).all() and (got[1][2] != 0).any()
+
+
+def test_word_attention_without_rows_is_empty_and_sends_zeros_back():
+    query, key = (x.requires_grad_() for x in draw_qk())
+    out = ops.word_attention(query, key, torch.zeros(0, dtype=torch.int32), [0, 0], draw_layout(2, 3, 4, 5, 2, p=15))
+    assert out.shape == (0, 4, 5, 2)
+    out.sum().backward()
+    assert (query.grad == 0).all() and (key.grad == 0).all()
 
 
 def test_half_inputs_are_computed_in_float32():
     query, key = (x.bfloat16() for x in draw_qk(dtype=torch.float32))
-    layout, tokens = draw_layout(2, 3, 4, 4, 4, 15, dtype=torch.float32), torch.tensor([[0, 1], [2, 3]])
-    out = ops.word_attention(query, key, tokens, layout)
+    layout, rows = draw_layout(2, 3, 4, 4, 4, 15, dtype=torch.float32), torch.tensor([0, 1, 2, 3])
+    out = ops.word_attention(query, key, rows, [2, 2], layout)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, ops.word_attention(query.float(), key.float(), tokens, layout))
+    torch.testing.assert_close(out, ops.word_attention(query.float(), key.float(), rows, [2, 2], layout))
 
 
 def test_diffusion_attention_is_sdpa_and_adds_word_maps():
@@ -233,6 +259,14 @@ def test_backend_choice(monkeypatch, caplog):
         ops.choose_backend(torch.zeros(1))
 
 
+@pytest.fixture
+def annotations_unchecked():
+    """The tests check annotations at run time, before an op can say anything itself."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -242,8 +276,12 @@ def test_backend_choice(monkeypatch, caplog):
         ),
         ({"key": torch.zeros(2, 3, 15, 5)}, "4 query heads cannot be shared out over 3 key heads"),
         ({"key": torch.zeros(2, 2, 15, 5).half()}, "key should be float32; got float16"),
-        ({"tokens": torch.zeros(2, 3)}, "tokens should be int32 or int64; got float32"),
-        ({"tokens": torch.zeros(1, 3, dtype=torch.int32)}, r"tokens should be \[b, n\] with b=2"),
+        ({"rows": torch.zeros(5)}, "rows should be int32 or int64; got float32"),
+        ({"rows": torch.zeros(2, 3, dtype=torch.int32)}, r"rows should be \[n\]; got \[2, 3\]"),
+        ({"counts": [5]}, r"counts should be 2 whole numbers .* that add up to n=5 .from rows.; got \[5\]"),
+        ({"counts": [3, 1]}, r"add up to n=5 .from rows.; got \[3, 1\]"),
+        ({"counts": [6, -1]}, r"got \[6, -1\]"),
+        ({"counts": torch.tensor([3, 2])}, r"got \[tensor\(3\), tensor\(2\)\]"),
         (
             {"attn_mask": torch.zeros(6, 14)},
             r"attn_mask should broadcast to \[b, h, t, p\] = \[2, 4, 6, 15\]; got \[6, 14\]",
@@ -253,15 +291,15 @@ def test_backend_choice(monkeypatch, caplog):
         ({"query": torch.zeros(2, 6, 5)}, r"query should be \[b, h, t, d\]; got \[2, 6, 5\]"),
     ],
 )
-def test_word_attention_says_what_is_wrong(change, message):
+def test_word_attention_says_what_is_wrong(change, message, annotations_unchecked):
     query, key = draw_qk(dtype=torch.float32)
-    arguments = {"query": query, "key": key, "tokens": torch.zeros(2, 3, dtype=torch.int32)}
+    arguments = {"query": query, "key": key, "rows": torch.zeros(5, dtype=torch.int32), "counts": [3, 2]}
     arguments["layout"] = draw_layout(2, 3, 4, 4, 4, 15, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         ops.word_attention(**(arguments | change))
 
 
-def test_other_ops_say_what_is_wrong():
+def test_other_ops_say_what_is_wrong(annotations_unchecked):
     x = torch.zeros(2, 3, 16, 4)
     with pytest.raises(ValueError, match=r"maps should be \[b, w, q\] with b=2 .*; got \[2, 5, 15\]"):
         ops.diffusion_attention(x, x[:, :, :7], x[:, :, :7], torch.zeros(2, 7, 5), torch.zeros(2, 5, 15))

@@ -35,7 +35,7 @@ with aot.compile_only(86):
     aot.aligner_case(dtype=torch.bfloat16, output="none")
     line = aot._Layout(meta(2, 1, 64, dtype=torch.int32), meta(2, 1, 1), meta(2, 12, 64))  # latents, one output row
     query, key = (meta(2, heads, length, 16).requires_grad_() for heads, length in ((3, 7), (1, 64)))
-    out = aot.word_attention(query, key, meta(2, 1, dtype=torch.int32), line)
+    out = aot.word_attention(query, key, meta(3, dtype=torch.int32), [1, 2], line)
     out.backward(meta(out.shape))
 """
 

@@ -26,20 +26,21 @@ def draw(seed, *shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def draw_word(seed=0, b=2, h=4, hkv=2, t=6, p=40, d=10, n=3, hc=3, wc=5, gy=4, gx=3, dtype=torch.float32):
-    """query and key strided as hosts have them ([b, length, heads, d] in memory), a layout with holes, padding tokens."""
+def draw_word(seed=0, h=4, hkv=2, t=6, p=40, d=10, counts=(3, 3), hc=3, wc=5, gy=4, gx=3, dtype=torch.float32):
+    """query and key strided as hosts have them ([b, length, heads, d] in memory), a layout with holes, rows of -1."""
+    b, n = len(counts), sum(counts)
     query, key = (draw(seed + i, b, *s, d, dtype=dtype).transpose(1, 2) for i, s in enumerate(((t, h), (p, hkv))))
     make = torch.Generator().manual_seed(seed)
     index = torch.stack([torch.randperm(p, generator=make)[: hc * wc].view(hc, wc) for _ in range(b)]).int()
     index[torch.rand(b, hc, wc, generator=make) < 0.15] = -1
-    rows, cols = (resize_matrix(c, g).expand(b, -1, -1) for c, g in ((hc, gy), (wc, gx)))
-    tokens = torch.randint(0, t, (b, n), generator=make, dtype=torch.int32)
+    resize_y, resize_x = (resize_matrix(c, g).expand(b, -1, -1) for c, g in ((hc, gy), (wc, gx)))
+    rows = torch.randint(0, t, (n,), generator=make, dtype=torch.int32)
     if n > 2:
-        tokens[0, 1], tokens[-1, 0] = -1, tokens[-1, 2]  # padding; one token picked twice
-    return query, key, tokens.to(DEVICE), PatchLayout(index, rows, cols).to(DEVICE)
+        rows[1], rows[-3] = -1, rows[-1]  # no row; one picked twice
+    return query, key, rows.to(DEVICE), list(counts), PatchLayout(index, resize_y, resize_x).to(DEVICE)
 
 
-def eager(query, key, tokens, layout, *, attn_mask=None, is_causal=False, scale=None):
+def eager(query, key, rows, counts, layout, *, attn_mask=None, is_causal=False, scale=None):
     """Full attention maps in the dtype of the inputs, then pick and gather: what low-precision PyTorch would give."""
     (b, h, t, d), (hkv, p) = query.shape, key.shape[1:3]
     scores = query @ key.repeat_interleave(h // hkv, 1).mT * (d**-0.5 if scale is None else scale)
@@ -52,10 +53,14 @@ def eager(query, key, tokens, layout, *, attn_mask=None, is_causal=False, scale=
         )
     full = torch.nan_to_num(scores.softmax(-1))
     full = torch.cat([full, full.new_zeros(b, h, t, 1)], -1)
-    picked = torch.stack([full[i][:, tokens[i].long()][..., layout.index[i].long()] for i in range(b)])
-    rows, cols = layout.resize_y.to(query.dtype), layout.resize_x.to(query.dtype)
-    out = torch.einsum("bhnyx,buy,bvx->bnhuv", picked, rows, cols)
-    return out.masked_fill((tokens < 0)[..., None, None, None], 0)
+    picture = torch.tensor(
+        [i for i, count in enumerate(counts) for _ in range(count)], device=rows.device, dtype=torch.long
+    )
+    heads = torch.arange(h, device=rows.device)[:, None, None]
+    index, resize_y, resize_x = (x[picture] for x in layout)
+    canvas = full[picture[:, None, None, None], heads, rows.long()[:, None, None, None], index[:, None].long()]
+    out = torch.einsum("nhyx,nuy,nvx->nhuv", canvas, resize_y.to(query.dtype), resize_x.to(query.dtype))
+    return out.masked_fill((rows < 0)[:, None, None, None], 0)
 
 
 def close(got, low, exact):
@@ -72,15 +77,16 @@ def with_gradients(function, inputs, *arguments, **options):
 
 
 def check_word(seed=0, dtype=torch.float32, scale=None, is_causal=False, attn_mask=None, **sizes):
-    query, key, tokens, layout = draw_word(seed, dtype=dtype, **sizes)
+    query, key, *rest = draw_word(seed, dtype=dtype, **sizes)
     options = {"is_causal": is_causal, "scale": scale}
     mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(dtype)
     wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
-    got = with_gradients(ops.word_attention, (query, key), tokens, layout, attn_mask=mask, backend="triton", **options)
-    low = with_gradients(eager, (query, key), tokens, layout, attn_mask=mask, **options)
+    got = with_gradients(ops.word_attention, (query, key), *rest, attn_mask=mask, backend="triton", **options)
+    low = with_gradients(eager, (query, key), *rest, attn_mask=mask, **options)
+    rows, counts, layout = rest
     double = PatchLayout(layout.index, layout.resize_y.double(), layout.resize_x.double())
     inputs = (query.double(), key.double())
-    exact = with_gradients(reference.word_attention, inputs, tokens, double, attn_mask=wide, **options)
+    exact = with_gradients(reference.word_attention, inputs, rows, counts, double, attn_mask=wide, **options)
     assert got[0].dtype == torch.float32 and got[1].dtype == dtype and got[1].stride() == query.stride()
     for x, y, z in zip(got, low, exact, strict=True):
         close(x, y, z)
@@ -92,7 +98,7 @@ def check_word(seed=0, dtype=torch.float32, scale=None, is_causal=False, attn_ma
 
 @pytest.mark.parametrize("kind", ["none", "bool", "bool, one row for all", "float, per head", "causal"])
 def test_word_attention(kind):
-    """Odd sizes, strides, padding, a token picked twice, cells without a patch, keys outside, and several shares of keys."""
+    """Odd sizes, strides, rows of -1, a row picked twice, cells without a patch, keys outside, and several shares of keys."""
     mask = None
     if kind == "bool":
         mask = draw(5, 2, 1, 6, 90) > -0.5
@@ -113,18 +119,16 @@ def test_word_attention_in_half_precision(dtype):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {
-            "hc": 8,
-            "wc": 8,
-            "gy": 32,
-            "gx": 12,
-            "p": 70,
-            "n": 1,
-        },  # enlarged: a canvas row reaches more than TAPS output rows
-        {"hc": 1, "wc": 64, "gy": 2, "gx": 7, "p": 64, "n": 2},  # resampler latents as one line
-        {"hc": 1, "wc": 160, "gy": 1, "gx": 16, "p": 170, "n": 1, "b": 1, "d": 4},  # four tiles in a row
-        {"h": 3, "hkv": 3, "t": 1, "n": 1, "b": 1, "d": 3},  # no grouping, one row
-        {"h": 18, "hkv": 1, "n": 3, "b": 1},  # 54 rows a key head
+        # enlarged: a canvas row reaches more than TAPS output rows
+        {"hc": 8, "wc": 8, "gy": 32, "gx": 12, "p": 70, "counts": (1, 1)},
+        # resampler latents as one line
+        {"hc": 1, "wc": 64, "gy": 2, "gx": 7, "p": 64, "counts": (2, 2)},
+        # four tiles in a row
+        {"hc": 1, "wc": 160, "gy": 1, "gx": 16, "p": 170, "counts": (1,), "d": 4},
+        # no grouping, one row
+        {"h": 3, "hkv": 3, "t": 1, "counts": (1,), "d": 3},
+        # 54 dot rows a key head
+        {"h": 18, "hkv": 1, "counts": (3,)},
     ],
     ids=["enlarged", "line", "wide", "single", "grouped"],
 )
@@ -140,45 +144,66 @@ def test_word_attention_any_shape(data):
 
     hc, wc, hkv = size(1, 6), size(1, 7), size(1, 2)
     check_word(
-        seed=size(0, 99), b=size(1, 2), hkv=hkv, h=hkv * size(1, 3), t=size(1, 9), n=size(1, 4), d=size(1, 24), hc=hc, wc=wc,
+        seed=size(0, 99), counts=[size(0, 4) for _ in range(size(1, 3))], hkv=hkv, h=hkv * size(1, 3), t=size(1, 9), d=size(1, 24),
+        hc=hc, wc=wc,
         p=hc * wc + size(0, 30), gy=size(1, 6), gx=size(1, 6), is_causal=size(0, 1) == 1,
     )  # fmt: skip
 
 
 def test_word_attention_of_a_cropped_canvas():
     """The picture ends at 2.5 of 4 rows and 3.2 of 5 columns: output comes from there, gradients go to all keys."""
-    query, key, tokens, layout = draw_word(hc=4, wc=5)
-    rows, cols = (
+    query, key, rows, counts, layout = draw_word(hc=4, wc=5)
+    resize_y, resize_x = (
         resize_matrix(n, g, 0, stop).expand(2, -1, -1).to(DEVICE) for n, g, stop in ((4, 6, 2.5), (5, 3, 3.2))
     )
-    assert (rows[..., 3] == 0).all()
-    layout = PatchLayout(layout.index, rows, cols)
-    got = with_gradients(ops.word_attention, (query, key), tokens, layout, backend="triton")
-    want = with_gradients(reference.word_attention, (query, key), tokens, layout)
+    assert (resize_y[..., 3] == 0).all()
+    layout = PatchLayout(layout.index, resize_y, resize_x)
+    got = with_gradients(ops.word_attention, (query, key), rows, counts, layout, backend="triton")
+    want = with_gradients(reference.word_attention, (query, key), rows, counts, layout)
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 
 
 def test_word_attention_of_a_row_of_finfo_min_is_even():
-    query, key, tokens, layout = draw_word()
+    query, key, *rest = draw_word()
     mask = torch.full((6, 40), torch.finfo(torch.float32).min, device=DEVICE)
-    got = ops.word_attention(query, key, tokens, layout, attn_mask=mask, backend="triton")
-    torch.testing.assert_close(got, reference.word_attention(query, key, tokens, layout, attn_mask=mask))
+    got = ops.word_attention(query, key, *rest, attn_mask=mask, backend="triton")
+    torch.testing.assert_close(got, reference.word_attention(query, key, *rest, attn_mask=mask))
 
 
-def test_word_attention_is_bit_equal_twice():
-    query, key, tokens, layout = draw_word(p=90)
-    first, second = (
-        with_gradients(ops.word_attention, (query, key), tokens, layout, backend="triton") for _ in range(2)
-    )
+@pytest.mark.parametrize("counts", [(3, 3), (9, 0, 2)])
+def test_word_attention_is_bit_equal_twice(counts):
+    query, key, *rest = draw_word(p=90, counts=counts)
+    first, second = (with_gradients(ops.word_attention, (query, key), *rest, backend="triton") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("counts", "kind"), [((3, 0, 7), "none"), ((3, 0, 7), "bool"), ((17, 2, 0), "none"), ((0, 1, 9), "causal")]
+)
+def test_word_attention_of_a_ragged_batch(counts, kind):
+    """Against float64, and against each picture by itself. One has no rows, (17, 2, 0) differ in blocks of 16 dot rows."""
+    mask = draw(5, 3, 1, 6, 90) > -0.5 if kind == "bool" else None
+    got = check_word(p=90, counts=counts, attn_mask=mask, is_causal=kind == "causal")
+    query, key, rows, _, layout = draw_word(p=90, counts=counts)
+    direction = draw(99, *got[0].shape).split(counts)
+    for i, own in enumerate(rows.split(counts)):
+        one = slice(i, i + 1)
+        inputs = [x[one].detach().requires_grad_() for x in (query, key)]
+        options = {"attn_mask": None if mask is None else mask[one], "is_causal": kind == "causal", "backend": "triton"}
+        out = ops.word_attention(*inputs, own, [len(own)], PatchLayout(*(x[one] for x in layout)), **options)
+        torch.testing.assert_close(out, got[0].split(counts)[i], atol=1e-6, rtol=1e-5)
+        for x, y in zip(torch.autograd.grad((out * direction[i]).sum(), inputs), got[1:], strict=True):
+            torch.testing.assert_close(x, y[one], atol=1e-6, rtol=1e-5)
+    empty = counts.index(0)
+    assert (got[1][empty] == 0).all() and (got[2][empty] == 0).all()
+
+
 def test_word_attention_gradient_of_one_input_only():
-    query, key, tokens, layout = draw_word()
-    whole = with_gradients(ops.word_attention, (query, key), tokens, layout, backend="triton")
-    only_key = with_gradients(lambda k: ops.word_attention(query, k, tokens, layout, backend="triton"), (key,))
-    only_query = with_gradients(lambda q: ops.word_attention(q, key, tokens, layout, backend="triton"), (query,))
+    query, key, *rest = draw_word()
+    whole = with_gradients(ops.word_attention, (query, key), *rest, backend="triton")
+    only_key = with_gradients(lambda k: ops.word_attention(query, k, *rest, backend="triton"), (key,))
+    only_query = with_gradients(lambda q: ops.word_attention(q, key, *rest, backend="triton"), (query,))
     assert torch.equal(whole[1], only_query[1]) and torch.equal(whole[2], only_key[1])
 
 
@@ -196,23 +221,27 @@ class LargestTensor(TorchDispatchMode):
 
 def test_word_attention_never_holds_a_map_over_all_keys():
     """No tensor of h·n·p half-precision numbers (so none of h·t·p) is made; the reference, which makes one, trips the wire."""
-    sizes = {"b": 1, "h": 8, "hkv": 1, "n": 4, "t": 40, "p": 400, "d": 8, "hc": 3, "wc": 40}
-    query, key, tokens, layout = draw_word(**sizes)
-    limit = 2 * sizes["h"] * sizes["n"] * sizes["p"]
+    query, key, *rest = draw_word(h=8, hkv=1, counts=(4,), t=40, p=400, d=8, hc=3, wc=40)
+    limit = 2 * 8 * 4 * 400
     for backend, small in (("triton", True), ("torch", False)):
         with LargestTensor() as seen:
-            with_gradients(ops.word_attention, (query, key), tokens, layout, backend=backend)
+            with_gradients(ops.word_attention, (query, key), *rest, backend=backend)
         assert (seen.largest < limit) == small, f"{backend}: {seen.largest} bytes, h·n·p in half precision = {limit}"
 
 
-def test_word_attention_of_no_tokens_and_limits():
-    query, key, tokens, layout = draw_word()
-    assert ops.word_attention(query, key, tokens[:, :0], layout, backend="triton").shape == (2, 0, 4, 4, 3)
+def test_word_attention_of_no_rows_sends_zeros_back():
+    query, key, *rest = draw_word(counts=(0, 0))
+    out, dquery, dkey = with_gradients(ops.word_attention, (query, key), *rest, backend="triton")
+    assert out.shape == (0, 4, 4, 3) and (dquery == 0).all() and (dkey == 0).all()
+
+
+def test_word_attention_limits():
+    query, key, rows, counts, layout = draw_word()
     with pytest.raises(ValueError, match="query should be float32 or float16 or bfloat16; got float64"):
-        ops.word_attention(query.double(), key.double(), tokens, layout, backend="triton")
+        ops.word_attention(query.double(), key.double(), rows, counts, layout, backend="triton")
     wide = layout._replace(resize_x=layout.resize_x.new_zeros(2, 129, 5))
     with pytest.raises(ValueError, match="takes gx up to 128; got 129; use backend='torch'"):
-        ops.word_attention(query, key, tokens, wide, backend="triton")
+        ops.word_attention(query, key, rows, counts, wide, backend="triton")
 
 
 # --- diffusion_attention ----------------------------------------------------------------------------------------------
