@@ -3,7 +3,7 @@
 import pytest
 
 from lavender_min import hub
-from lavender_min.hosts import base as hosts
+from lavender_min.hosts import load as hosts
 
 
 @pytest.fixture
