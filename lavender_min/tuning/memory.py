@@ -1,13 +1,14 @@
 """Where the memory of a training step will go, before anything is loaded: `python train.py --plan`.
 
-The plan *is* the training step: the real host, adapters, Aligner, forward and backward, run on tensors that have a shape but
-no numbers (torch's `meta` device), so it needs neither weights nor GPU nor network. A ledger stands under autograd, sees every
-storage come and go, and remembers what was alive when most was. Three things are put in for the GPU's:
-scaled_dot_product_attention keeps what its memory-efficient kernel keeps, Triton kernels are not launched, and autocast (which
-does not know `meta`) is played by casting float32 linear layers to half precision.
+The plan runs the training step itself: host, adapters, Aligner, forward and backward. It runs on torch's device `meta`, whose
+tensors have shapes but no numbers, so it needs neither weights nor a GPU nor a network. Below autograd a `Ledger` is told of
+every tensor's storage. It adds up the bytes that are alive, and keeps the largest sum with its parts.
 
-Not counted: what cuBLAS and kernels take inside one call, adapters cast by autocast and kept for the rest of a forward, and the
-allocator's rounding; `RESERVE` is set aside for them. Texts are full (no padding), and --cache_vision is not looked at.
+Three things differ on a GPU and are imitated. scaled_dot_product_attention keeps there what its memory-efficient kernel
+keeps. Triton kernels are not launched. Autocast does not know `meta`, so float32 linear layers are cast to half precision here.
+
+Not counted are what cuBLAS and the kernels need inside one call, copies of the adapters that autocast keeps for the rest of a
+forward, and the allocator's rounding. `RESERVE` is set aside for them. Texts are full (no padding). --cache_vision is ignored.
 """
 
 import contextlib
@@ -35,8 +36,10 @@ from lavender_min.tuning.flags import ModelFlags
 from lavender_min.tuning.model import Lavender
 
 GIB = 2**30
-CARDS = {"T4 16 GB": 14.7, "A10G 24 GB": 22.0, "A100 40 GB": 39.4, "A100 80 GB": 79.1}  # GiB that torch reports
-RESERVE = 0.75  # GiB: CUDA context, cuBLAS workspace, what the allocator cannot use
+# GiB of each card, as torch reports them.
+CARDS = {"T4 16 GB": 14.7, "A10G 24 GB": 22.0, "A100 40 GB": 39.4, "A100 80 GB": 79.1}
+# GiB for the CUDA context, cuBLAS's workspace and what the allocator cannot use.
+RESERVE = 0.75
 
 
 class Ledger(TorchDispatchMode):
@@ -47,7 +50,8 @@ class Ledger(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.known: set[int] = set()
         self.label, self.phase = "batch", "forward"
-        self.peaks: dict[str, Counter[str]] = {}  # phase -> what was alive when most was
+        # For each phase, what was alive at the moment when most was.
+        self.peaks: dict[str, Counter[str]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -72,7 +76,7 @@ class Ledger(TorchDispatchMode):
         self.live[label] -= size
 
     def within(self, module: nn.Module, label: str, phase: str | None = None) -> None:
-        """What `module` makes in a forward is booked under `label`; in the backward all is what the backward holds."""
+        """Tensors made inside this module's forward are counted under `label`. The backward is counted as a whole."""
         outer: list[tuple[str, str]] = []
 
         def enter(*_) -> None:
@@ -89,7 +93,7 @@ class Ledger(TorchDispatchMode):
 
 
 class TakeRows(torch.autograd.Function):
-    """x[mask] where the mask has `count` True; kept and given back as by the real one."""
+    """x[mask] for a mask whose `count` of True nobody knows on `meta`. It saves for the backward what the real one saves."""
 
     @staticmethod
     def forward(ctx, x: Tensor, mask: Tensor, count: int) -> Tensor:
@@ -110,7 +114,8 @@ def cpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fa
 def gpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Flash attention; with a mask the memory-efficient kernel, which copies a mask whose rows are not a multiple of 8 long."""
     aten = torch.ops.aten
-    query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))  # as autocast does
+    # As autocast does.
+    query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
     if attn_mask is None:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     p = attn_mask.shape[-1]
@@ -127,9 +132,11 @@ def is_mask(index: Any) -> bool:
 
 @contextlib.contextmanager
 def pretend(text: torch.Size, rows: int, half: torch.dtype | None) -> Iterator[None]:
-    """A step in `half` precision on a GPU, with autocast and Triton; with None, one in float32 on a CPU.
+    """Inside this `with`, a step counts as one in `half` precision on a GPU, with autocast and Triton; with None, as one in
+    float32 on a CPU.
 
-    Where the step asks for numbers: a mask over the text takes `rows` rows, one over words takes all, and any `if` is true.
+    Some lines of a step depend on numbers, which are not there. So a mask over the text selects `rows` rows, a mask over words
+    selects all, and every condition holds.
     """
     functional, take, put, linear = nn.functional, Tensor.__getitem__, Tensor.__setitem__, nn.functional.linear
 
@@ -158,7 +165,7 @@ def pretend(text: torch.Size, rows: int, half: torch.dtype | None) -> Iterator[N
             from triton.runtime.jit import KernelInterface
 
             fake.append((functional, "linear", autocast_linear))
-            fake.append((KernelInterface, "__getitem__", lambda *_: lambda *args, **kwargs: None))  # not launched
+            fake.append((KernelInterface, "__getitem__", lambda *_: lambda *args, **kwargs: None))
         for owner, name, stand_in in fake:
             stack.enter_context(patch.object(owner, name, stand_in))
         yield
@@ -187,9 +194,8 @@ def pack_nf4(host: Any, dtype: torch.dtype) -> None:
     """In 4 bits, as `hosts.load` wants it, by bitsandbytes itself: an 8-bit scale for 64 numbers, a float32 one for 256 scales."""
     import bitsandbytes as bnb
 
-    with patch.dict(
-        bnb.functional.name2qmap
-    ):  # it keeps the code of the 8-bit scales on the first device that needs it
+    # It keeps the code of the 8-bit scales on the first device that needs it, which must not be this one.
+    with patch.dict(bnb.functional.name2qmap):
         for name, linear in list(host.named_modules()):
             if isinstance(linear, nn.Linear) and name != "lm_head":
                 options: dict[str, Any] = {"compute_dtype": dtype, "quant_type": "nf4", "device": "meta"}
@@ -245,7 +251,8 @@ def optimizer_bytes(parameter: Tensor, name: str) -> int:
     n = parameter.numel()
     if "8bit" in name:
         return 2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n
-    return 2 * parameter.nbytes + 4  # and the number of steps
+    # And the number of steps.
+    return 2 * parameter.nbytes + 4
 
 
 class Plan(NamedTuple):
@@ -275,7 +282,8 @@ def simulate(model: Lavender, batch: dict[str, Any], rows: int, optim: str, half
     ledger.within(model.family.decoder(model.base), "hidden states kept")
     ledger.label = "logits and loss"
 
-    saved: dict[int, Tensor] = {}  # holds them, so that no address is used twice
+    # Holds the tensors themselves, so that no address is used twice.
+    saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

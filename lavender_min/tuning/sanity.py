@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-EXAMPLES = 32  # looked at, at most, for a word that can be aligned; the first batch nearly always has one
-SCALE = 128  # of the loss going backwards: float16 would lose the smallest gradients
+# At most so many are tried for a word that can be aligned. The first batch nearly always has one.
+EXAMPLES = 32
+# Times the loss that goes backwards: float16 would lose the smallest gradients.
+SCALE = 128
 
 
 def check(trainer: Any, model: nn.Module) -> None:
-    """Words are mapped and matched, losses finite, one BOS a row; gradients reach all that should train, and nothing else.
+    """Words are mapped and matched, losses finite, one BOS a text; gradients reach all that should train, and nothing else.
 
     `trainer` is a LavenderTrainer, `model` what it steps (DDP and FSDP wrap it). Raises ValueError, in one line.
     """
-    lavender, dataset, args = trainer.lavender, trainer.train_dataset, trainer.args
-    collate, n = trainer.data_collator, args.per_device_train_batch_size
-    tower = collate.family.vision(lavender.base)
+    lavender = trainer.lavender
+    tower = trainer.data_collator.family.vision(lavender.base)
     frozen = not any(p.requires_grad for module in tower for p in module.parameters())
     adapters_only = hasattr(lavender.host, "peft_config")
     strangers = [
@@ -37,39 +38,7 @@ def check(trainer: Any, model: nn.Module) -> None:
     model.train()
     try:
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-            counts = torch.zeros(2, device=args.device)  # words that have a map, and those of them to align
-            for start in range(0, min(EXAMPLES, len(dataset)), n * args.world_size):
-                first = start + n * args.process_index
-                batch = trainer._prepare_inputs(collate([dataset[i % len(dataset)] for i in range(first, first + n)]))
-                begins = (batch["input_ids"] == collate.processor.tokenizer.bos_token_id).sum(1)
-                require(
-                    bool((begins == 1).all()),
-                    f"a text begins {begins.max()} times, once is right: the chat template and the tokenizer both add BOS",
-                )
-                with trainer.compute_loss_context_manager():
-                    out = model(**batch)
-                for name in ("loss_vlm", "loss_att"):
-                    value = float(out.get(name, 0))
-                    require(
-                        math.isfinite(value), f"{name} is {value} before the first step; is it so with --fp16 false?"
-                    )
-                (out["loss"] * SCALE).backward()
-                if lavender.align is None:
-                    break
-                spoken = batch["words"]["tokens"] >= 0
-                mapped = len(batch["words"]["lengths"]) if spoken.any() else 0
-                found = torch.stack([out["words"].new_tensor(mapped), out["words"]])
-                counts += trainer.accelerator.reduce(found.float())
-                if counts[1]:
-                    break
-            if lavender.align is not None:
-                seen, (mapped, matched) = min(start + n * args.world_size, len(dataset)), counts.int().tolist()
-                require(mapped, f"the first {seen} examples hold no word with a map; does --words all find some?")
-                require(
-                    matched,
-                    f"the host predicts none of {mapped} mapped words in {seen} examples, so --match exact aligns nothing; "
-                    "take --match all, or a host that knows its task",
-                )
+            try_step(trainer, model)
             require(
                 not (frozen and any(graph)), "the frozen vision tower builds a graph: something asks for its gradients"
             )
@@ -79,6 +48,49 @@ def check(trainer: Any, model: nn.Module) -> None:
         model.zero_grad()
         for buffer, before in kept:
             buffer.copy_(before)
+
+
+def try_step(trainer: Any, model: nn.Module) -> None:
+    """Forward and backward over the head of the data, until a word was aligned."""
+    dataset, args, align = trainer.train_dataset, trainer.args, trainer.lavender.align
+    n = args.per_device_train_batch_size
+    # Words that have a map, and those of them that are aligned.
+    counts = torch.zeros(2, device=args.device)
+    for start in range(0, min(EXAMPLES, len(dataset)), n * args.world_size):
+        first = start + n * args.process_index
+        examples = [dataset[i % len(dataset)] for i in range(first, first + n)]
+        batch = trainer._prepare_inputs(trainer.data_collator(examples))
+        one_beginning(batch["input_ids"], trainer.data_collator.processor.tokenizer.bos_token_id)
+        with trainer.compute_loss_context_manager():
+            out = model(**batch)
+        for name in ("loss_vlm", "loss_att"):
+            value = float(out.get(name, 0))
+            require(math.isfinite(value), f"{name} is {value} before the first step; is it so with --fp16 false?")
+        (out["loss"] * SCALE).backward()
+        if align is None:
+            return
+        spoken = batch["words"]["tokens"] >= 0
+        mapped = len(batch["words"]["lengths"]) if spoken.any() else 0
+        found = torch.stack([out["words"].new_tensor(mapped), out["words"]])
+        counts += trainer.accelerator.reduce(found.float())
+        if counts[1]:
+            return
+    mapped, tried = int(counts[0]), min(start + n * args.world_size, len(dataset))
+    require(mapped, f"the first {tried} examples hold no word with a map; does --words all find some?")
+    raise ValueError(
+        f"stopped before the first step: the host predicts none of {mapped} mapped words in {tried} examples, so "
+        "--match exact aligns nothing; take --match all, or a host that knows its task"
+    )
+
+
+def one_beginning(ids: Tensor, bos: int | None) -> None:
+    """Some hosts' texts begin with no token of their own (`bos` is None), all others' with one."""
+    begins = (ids == bos).sum(1) if bos is not None else None
+    if begins is not None:
+        require(
+            bool((begins == 1).all()),
+            f"a text begins {begins.max()} times, once is right: the chat template and the tokenizer both add BOS",
+        )
 
 
 def reached(lavender: Any) -> None:

@@ -20,10 +20,12 @@ class LavenderTrainer(Trainer):
     def __init__(self, *args, pretrain_aligner_steps: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
         self.pretrain_aligner_steps = pretrain_aligner_steps
-        self.model_accepts_loss_kwargs = True  # we divide by num_items_in_batch, so the Trainer must not divide again
+        # We divide by num_items_in_batch, so the Trainer must not divide again.
+        self.model_accepts_loss_kwargs = True
         self.sums: dict[str, Tensor] = {}
         self.seen = 0
-        self.checked = self.is_deepspeed_enabled  # whose backward would take the step that `sanity` only looks at
+        # DeepSpeed's backward would take the step that `sanity` only tries.
+        self.checked = self.is_deepspeed_enabled
 
     @property
     def lavender(self) -> Lavender:
@@ -112,7 +114,8 @@ class LavenderTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:  # one process writes
+        # One process writes.
+        if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +131,8 @@ class LavenderTrainer(Trainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self.is_fsdp_enabled:  # its checkpoints hold the whole model once more, Aligner and all
+        # FSDP's checkpoints hold the whole model once more, Aligner and all.
+        if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         super()._load_from_checkpoint(resume_from_checkpoint, model=self.lavender.host)
         if self.lavender.align is not None:
