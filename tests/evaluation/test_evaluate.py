@@ -12,7 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lavender_min import data
-from lavender_min.evaluation import measures, own_picture
+from lavender_min.evaluation import command, compare, models, own_picture
+from lavender_min.evaluation.models import Loaded
+from lavender_min.evaluation.sheet import make_sheet
 from lavender_min.geometry import minmax
 from lavender_min.hosts import base as hosts
 from lavender_min.maps import MapStore, MapWriter
@@ -34,6 +36,7 @@ def script(name):
 
 
 evaluate, train = script("evaluate"), script("train")
+STAGES = {module: name for name, module in compare.STAGES.items()}
 
 
 def store_of(folder, examples):
@@ -43,10 +46,10 @@ def store_of(folder, examples):
         for example in examples:
             words = find_words(example.fields)
             maps = torch.rand(len(words), 32, 32, generator=draw) * 0.01
-            masks = toy.word_masks(example.id, 32)
+            masks = {region[:3]: torch.from_numpy(region.mask) for region in example.regions(32)}
             for i, word in enumerate(words):
-                if (word.field, word.start, word.end) in masks:
-                    maps[i] = torch.from_numpy(masks[word.field, word.start, word.end]).float()
+                if word[1:] in masks:
+                    maps[i] = masks[word[1:]].float()
             writer.add(example.id, example.question, example.answer, words, maps, 0.9)
 
 
@@ -80,17 +83,17 @@ def stages(world, monkeypatch):
     called = []
 
     def run(command):
-        assert command[0] == sys.executable
-        name, flags = Path(command[1]).name, command[2:]
+        assert command[:2] == [sys.executable, "-m"]
+        name, flags = STAGES[command[2]], command[3:]
         called.append((name, flags))
         if name == "extract.py":
             store_of(flags[flags.index("--maps") + 1], toy.load("heldout")[: int(flags[flags.index("--limit") + 1])])
         else:
-            monkeypatch.setattr(sys, "argv", command[1:])
+            monkeypatch.setattr(sys, "argv", [name, *flags])
             train.main()
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(evaluate.subprocess, "run", run)
+    monkeypatch.setattr(compare.subprocess, "run", run)
     return called
 
 
@@ -123,14 +126,14 @@ def test_end_to_end_and_once_more(asked, stages, world, capsys):
 
     folder = world / "out"
     content = json.loads((folder / "report.json").read_text())
-    models = content["models"]
-    assert models["Stable Diffusion"]["mean"]["pointing.all"] == models["Stable Diffusion"]["mean"]["mass.all"] == 1
-    assert {name: len(of["runs"]) for name, of in models.items()} == {
+    found = content["models"]
+    assert found["Stable Diffusion"]["mean"]["pointing.all"] == found["Stable Diffusion"]["mean"]["mass.all"] == 1
+    assert {name: len(of["runs"]) for name, of in found.items()} == {
         "an even map (chance)": 1, "Stable Diffusion": 1, "untuned": 1,
         "plain tuning": 2, "Lavender": 2, "Lavender, through the Aligner": 2,
     }  # fmt: skip
     assert {f"answers.{kind}" for kind in ("all", "color", "exists", "place", "count", "relation")} <= set(
-        models["untuned"]["mean"]
+        found["untuned"]["mean"]
     )
     assert len(content["commands"]) == 6 and content["commands"][-1].startswith("python evaluate.py --out")
     assert [run["flags"]["plain"] for run in content["training"]] == [True, True, False, False]
@@ -147,7 +150,7 @@ def test_end_to_end_and_once_more(asked, stages, world, capsys):
     again = json.loads((world / "again" / "report.json").read_text())
     assert again["models"]["Lavender"]["interval95"]["mass.all"] is None
     for name in ("untuned", "plain tuning", "Lavender", "Lavender, through the Aligner"):
-        assert again["models"][name]["runs"][0] == pytest.approx(models[name]["runs"][-1], rel=1e-3, abs=1e-6)
+        assert again["models"][name]["runs"][0] == pytest.approx(found[name]["runs"][-1], rel=1e-3, abs=1e-6)
 
     capsys.readouterr()
     wrong = {
@@ -171,6 +174,10 @@ def test_end_to_end_and_once_more(asked, stages, world, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (
+            ["--data", "flickr30k"],
+            "--data flickr30k has no regions: it does not say where the thing that a word names is",
+        ),
         (["--scenes", "9999"], "--scenes 9999: there are 512 held-out pictures"),
         (["--train", "--lora"], "give --seeds too"),
         (["--plain", "no/such"], "no/such is not the --output_dir of a run of train.py"),
@@ -188,13 +195,16 @@ def test_one_line_says_what_is_wrong(argv, message, capsys, stages, tmp_path):
 
 
 def test_a_flag_of_no_use_ends_with_exit_code_2(capsys):
+    assert evaluate.main(["--scenes", "0"]) == 2
+    assert capsys.readouterr().err == "evaluate.py: --scenes must be a whole number of at least 1; got 0\n"
     with pytest.raises(SystemExit) as stop:
-        evaluate.main(["--scenes", "0"])
-    assert stop.value.code == 2 and "expected a whole number of at least 1, got '0'" in capsys.readouterr().err
+        evaluate.main(["--data", "coco"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and all(name in err for name in data.SOURCES)
 
 
 def test_a_stage_that_fails_is_named(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(evaluate.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 2))
+    monkeypatch.setattr(compare.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 2))
     assert evaluate.main(["--maps", str(tmp_path / "maps"), "--scenes", "1", "--extract", "--recipe noise"]) == 2
     err = capsys.readouterr().err
     assert "extract.py ended with exit code 2" in err and "--limit 6" in err and "--recipe noise" in err
@@ -208,7 +218,7 @@ def test_maps_are_those_of_the_words(world, host, tmp_path):
     vlm, processor, family = host
     examples = toy.load("heldout", 2)
     store_of(tmp_path, examples)
-    sheet = measures.make_sheet(examples, MapStore(tmp_path), toy.word_masks)
+    sheet = make_sheet(examples, MapStore(tmp_path))
     collating = collator.Collator(processor, vlm.config, family)
 
     class Echo(Lavender):
@@ -220,7 +230,7 @@ def test_maps_are_those_of_the_words(world, host, tmp_path):
         batch = collating(rows)
         return batch | {"echo": batch["targets"]}
 
-    maps = measures.read_maps(Echo(vlm), collate, sheet, 5)
+    maps = models.read_maps(Echo(vlm), collate, sheet, 5)
     torch.testing.assert_close(maps["own"], minmax(sheet.maps), rtol=0, atol=0)
 
     def lossy(rows):
@@ -229,7 +239,7 @@ def test_maps_are_those_of_the_words(world, host, tmp_path):
         return batch
 
     with pytest.raises(ValueError, match="lost a word"):
-        measures.read_maps(Echo(vlm), lossy, sheet, 5)
+        models.read_maps(Echo(vlm), lossy, sheet, 5)
 
 
 def test_answers_are_the_greedy_ones(host):
@@ -237,7 +247,7 @@ def test_answers_are_the_greedy_ones(host):
     vlm, processor, _ = host
     model = Lavender(vlm).eval()
     examples = [e for e in toy.load("heldout", 1) if e.question][:3]
-    replies = measures.answer(model, processor, examples, 2)
+    replies = models.answer(model, processor, examples, 2)
     longest = max(len(processor.tokenizer(e.answer, add_special_tokens=False)["input_ids"]) for e in examples)
     for example, reply in zip(examples, replies, strict=True):
         content = [{"type": "image"}, {"type": "text", "text": example.question}]
@@ -257,14 +267,14 @@ def test_a_model_of_broken_weights_is_an_error(host, world, tmp_path):
     vlm, processor, family = host
     examples = toy.load("heldout", 1)
     store_of(tmp_path, examples)
-    sheet = measures.make_sheet(examples, MapStore(tmp_path), toy.word_masks)
+    sheet = make_sheet(examples, MapStore(tmp_path))
 
     class Broken(Lavender):
         def read(self, word_rows, **inputs):
             return {"own": torch.full((*word_rows.shape[:2], 32, 32), torch.nan)}
 
     with pytest.raises(ValueError, match="not numbers"):
-        measures.read_maps(Broken(vlm), collator.Collator(processor, vlm.config, family), sheet, 8)
+        models.read_maps(Broken(vlm), collator.Collator(processor, vlm.config, family), sheet, 8)
 
 
 def test_a_4_bit_host_is_read_and_asked_outside_training(world, tmp_path):
@@ -272,9 +282,9 @@ def test_a_4_bit_host_is_read_and_asked_outside_training(world, tmp_path):
     vlm, processor, family = hosts.load(str(world / "vlm"), quantize=True)
     examples = toy.load("heldout", 1)
     store_of(tmp_path, examples)
-    sheet = measures.make_sheet(examples, MapStore(tmp_path), toy.word_masks)
-    collate = collator.Collator(processor, vlm.config, family)
-    numbers, maps = measures.measure(Lavender(vlm), processor, collate, sheet, 8, "4 bits")
+    sheet = make_sheet(examples, MapStore(tmp_path))
+    loaded = Loaded(Lavender(vlm), processor, family, "predicting")
+    numbers, maps = compare.measure(loaded, sheet, "whole", 8, "4 bits")
     assert maps["own"].shape == sheet.maps.shape and "answers.all" in numbers["own"]
 
 
@@ -309,8 +319,9 @@ def test_maps_of_an_answer_are_those_of_its_teacher_forced_rows(host, mine, monk
     """Held against the host's own eager attention at the rows that say each word, by hand."""
     monkeypatch.setattr(own_picture, "LONGEST", 20)
     vlm, processor, family = host
-    image = own_picture.picture(mine)
-    reply, words, maps = own_picture.ask(Lavender(vlm).eval(), processor, family, "reading", image, "what is it")
+    image = command.open_picture(mine)
+    loaded = Loaded(Lavender(vlm).eval(), processor, family, "reading")
+    reply, words, maps = own_picture.answer(loaded, image, "what is it")
     assert words and maps.keys() == {"own"} and maps["own"].shape == (len(words), 32, 32)
     assert [word.text for word in words] == [reply[word.start : word.end] for word in words]
 
@@ -357,9 +368,9 @@ def test_an_own_picture_from_the_command_line(tuned, mine, world, tmp_path, caps
     high = {name: Image.open(tmp_path / name / "mine.png").height for name in said}
     assert high["run"] > high["adapter"]  # the Aligner's maps stand below the model's own
 
-    loaded, _, _, attend = own_picture.load_tuned(None, str(run), torch.float32)
-    assert attend == "reading"
-    for (name, a), b in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+    loaded = models.load_adapter(None, str(run), torch.float32)
+    assert loaded.attend == "reading"
+    for (name, a), b in zip(loaded.model.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
