@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-Numbers = dict[str, float]  # {"what.of which words": value}
+# {"what.of which words": value}, as "pointing.shape" and "answers.all".
+Numbers = dict[str, float]
 
 # The rows of every table.
 CHANCE, SD, UNTUNED, PLAIN, LAVENDER = "an even map (chance)", "Stable Diffusion", "untuned", "plain tuning", "Lavender"

@@ -12,17 +12,20 @@ from lavender_min.maps import MapStore, StoredMaps
 
 
 class Sheet(NamedTuple):
-    """m texts, and those n words of their answers that have a region: a mask, and Stable Diffusion's map beside it."""
+    """Some examples, and those n words of their answers that have a region.
 
-    examples: list[Example]  # m
-    stored: list[StoredMaps]  # m
-    # Of each of the n words: which example it stands in, and which word of the answer it is; ascending.
+    `examples` and `stored` are one a text; `place` to `maps` are one a word.
+    """
+
+    examples: list[Example]
+    stored: list[StoredMaps]
+    # Which example a word stands in, and which word of the answer it is; ascending.
     place: list[tuple[int, int]]
-    texts: list[str]  # n
-    # What kind of word each is (`Region.kind`), "" for none.
-    kinds: list[str]  # n
+    texts: list[str]
+    # What kind of word it is (`Region.kind`), "" for none.
+    kinds: list[str]
     # Words about one picture share this.
-    pictures: list[str]  # n
+    pictures: list[str]
     masks: Bool[Tensor, "n g g"]
     # Stable Diffusion's, as stored: raw probabilities.
     maps: Float[Tensor, "n g g"]
@@ -47,7 +50,8 @@ def first_pictures(examples: list[Example], count: int) -> list[Example]:
     return examples[: ends[count]]
 
 
-Regions = dict[tuple[str, int, int], Region]  # by (field, start, end) of the word
+# By (field, start, end) of the word.
+Regions = dict[tuple[str, int, int], Region]
 
 
 def regions_of(example: Example) -> Regions:
