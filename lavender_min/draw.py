@@ -12,7 +12,8 @@ from lavender_min.geometry import minmax
 
 def overlay(axis: Axes, picture: Image.Image, word_map: Float[Tensor, "g g"]) -> Float[np.ndarray, "g g"]:
     """One map, stretched to 0 … 1, over the darkened picture; a ring marks its largest cell. Returns the stretched map."""
-    box = (0, 1, 1, 0)  # left, right, bottom, top
+    # The axes go from 0 to 1 and downwards: left, right, bottom, top.
+    box = (0, 1, 1, 0)
     grey = np.asarray(picture.convert("L"), float)[..., None].repeat(3, 2) / 255 * 0.75
     one = minmax(word_map.float()).cpu().numpy()
     axis.imshow(grey, extent=box)

@@ -85,11 +85,11 @@ def store_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("maps")
     with MapWriter(folder, {"frame": "whole"}) as writer:
         for example in data.load("tune", 8):
-            masks = data.word_masks(example.id, MAP_SIDE)
+            masks = {region[:3]: torch.from_numpy(region.mask) for region in example.regions(MAP_SIDE)}
             words = find_words(example.fields)
             made = [
-                torch.from_numpy(masks[word.field, word.start, word.end]).float()
-                if (word.field, word.start, word.end) in masks
+                masks[word[1:]].float()
+                if word[1:] in masks
                 else torch.rand(MAP_SIDE, MAP_SIDE, generator=torch.Generator().manual_seed(i))
                 for i, word in enumerate(words)
             ]

@@ -1,32 +1,67 @@
 """Picture-and-text data, in one shape: a list of `Example`, whatever the files look like.
 
-`load("flickr30k", root)` finds the reader by name; each reader is a file of this folder with one function, `load`.
-Texts are read at once; a picture is opened when it is asked for, so a list of 100,000 examples costs some 100 MB.
+`load("flickr30k", root)` finds the reader by name; each reader is a module with one function, `load`. Texts are read
+at once. A picture is opened when it is needed, so a list of 100,000 examples costs some 100 MB.
+
+To add a data set:
+
+1. write a reader, a file of this folder: `load(root, …) -> list[Example]`, which says in one line what is missing;
+2. add a row to `SOURCES`, under the name that `--data` is to take;
+3. test it on a small folder laid out as the data really comes, broken entries included (tests/data/test_readers.py).
+
+This module imports neither torch nor a reader, so `--help` and the first errors of a command come at once.
 """
 
 import importlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Bool
 from PIL import Image, ImageOps
 
-CAPTION_PROMPT = "Describe the image in a single sentence as a caption."  # what a VLM is asked for a bare caption
+# The question that a VLM gets when the text is a bare caption.
+CAPTION_PROMPT = "Describe the image in a single sentence as a caption."
 
 # What a picture file can raise when it is not a whole picture: cut short, of no known kind, too large to be meant, or
 # (TypeError) with notes of the camera's that make no sense.
 BROKEN_PICTURE = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError)
 
 
+class Region(NamedTuple):
+    """Where in the picture the thing lies that a word names."""
+
+    # The word: example.fields[field][start:end].
+    field: str
+    start: int
+    end: int
+    # What kind of word it is ("shape", "color"), for tables by kind; "" for none of them.
+    kind: str
+    mask: Bool[np.ndarray, "side side"]
+
+
 class Example(NamedTuple):
-    """A picture and its text: a bare caption (`question` is "") or a question and its answer."""
+    """A picture and its text: a bare caption (`question` is "") or a question and its answer.
+
+    The first four fields are all that training needs. The others are for measuring, and have defaults.
+    """
 
     id: str
-    image: Callable[[], Image.Image]  # opens the picture, RGB; raises one of BROKEN_PICTURE if it cannot
+    # Opens the picture, RGB; raises one of BROKEN_PICTURE if it cannot.
+    image: Callable[[], Image.Image]
     question: str
     answer: str
+    # Examples that are known to show one picture share this; "" where the picture is this example's alone.
+    picture: str = ""
+    # What kind of question it is ("color", "count"), for tables by kind; "" if there are no kinds.
+    kind: str = ""
+    # regions(side): the regions of this example's words, with masks of side × side cells that cover the whole picture.
+    # None: the data does not say where things are.
+    regions: Callable[[int], list[Region]] | None = None
 
     @property
     def fields(self) -> dict[str, str]:
@@ -40,11 +75,16 @@ _TOY = Path(__file__).parent.parent / "toy" / "models"
 class Source(NamedTuple):
     """What `--data NAME` stands for: its reader, and the defaults that go with it."""
 
-    reader: str  # a module with load(**options) -> list[Example]
-    options: tuple[str, ...] = ("root",)  # which of root, split, captions it takes
-    hub: Mapping[str, tuple[str, str]] = {}  # Parquet copies: hub id ─► (revision, the files that matter)
-    sd: str = "CompVis/stable-diffusion-v1-4"  # for stage 1
-    vlm: str = "meta-llama/Llama-3.2-11B-Vision-Instruct"  # the host for stage 2
+    # A module with load(**options) -> list[Example], and which of root, split and captions it takes as options.
+    reader: str
+    options: tuple[str, ...] = ("root",)
+    # Parquet copies: hub id ─► (revision, the files that matter).
+    hub: Mapping[str, tuple[str, str]] = {}
+    # Stable Diffusion for stage 1, the host for stage 2.
+    sd: str = "CompVis/stable-diffusion-v1-4"
+    vlm: str = "meta-llama/Llama-3.2-11B-Vision-Instruct"
+    # The held-out split for stage 3, if the examples of this data bring regions for their words.
+    measured_split: str | None = None
 
 
 SOURCES = {
@@ -52,8 +92,10 @@ SOURCES = {
         "lavender_min.data.flickr30k",
         ("root", "split", "captions"),
         {
-            "nlphuji/flickr30k": ("refs/convert/parquet", "TEST/test/*.parquet"),  # all splits, in spite of the name
-            "lmms-lab/flickr30k": ("main", "data/test-*.parquet"),  # all pictures; does not say which split
+            # All splits, in spite of the name.
+            "nlphuji/flickr30k": ("refs/convert/parquet", "TEST/test/*.parquet"),
+            # All pictures; it does not say which split they are of.
+            "lmms-lab/flickr30k": ("main", "data/test-*.parquet"),
         },
     ),
     "laion50k": Source("lavender_min.data.laion50k"),
@@ -64,11 +106,26 @@ SOURCES = {
     "ocrvqa30k": Source(
         "lavender_min.data.ocrvqa30k",
         ("root", "captions"),
-        {"HuggingFaceM4/the_cauldron": ("main", "ocrvqa/train-0000[01]-of-*.parquet")},  # the first 30,000 of 165,746
+        # The first 30,000 of 165,746 covers.
+        {"HuggingFaceM4/the_cauldron": ("main", "ocrvqa/train-0000[01]-of-*.parquet")},
     ),
     "folder": Source("lavender_min.data.folder"),
-    "toy": Source("lavender_min.toy.data", ("split",), sd=str(_TOY / "sd"), vlm=str(_TOY / "vlm")),
+    "toy": Source(
+        "lavender_min.toy.data", ("split",), sd=str(_TOY / "sd"), vlm=str(_TOY / "vlm"), measured_split="heldout"
+    ),
 }
+
+
+def measured_split(name: str) -> str:
+    """The held-out split of a data set whose words have regions; ValueError, in one line, if they have none."""
+    split = SOURCES[name].measured_split
+    if split is None:
+        have = ", ".join(name for name, source in SOURCES.items() if source.measured_split)
+        raise ValueError(
+            f"--data {name} has no regions: it does not say where the thing that a word names is, so there is nothing "
+            f"to measure maps against; data that does: {have}"
+        )
+    return split
 
 
 def load(
@@ -114,7 +171,8 @@ def fetch(hub_id: str, revision: str, files: str) -> Path:
 
     try:
         copy = snapshot_download(hub_id, repo_type="dataset", revision=revision, allow_patterns=files)
-    except Exception as error:  # no network, no such data set, no room; the HTTP library's kinds are no OSErrors
+    except Exception as error:
+        # No network, no such data set, no room: the HTTP library has errors of its own, which are no OSErrors.
         reason = str(error).strip().partition("\n")[0]
         raise OSError(
             f"{hub_id} could not be fetched ({type(error).__name__}: {reason}); "
@@ -123,7 +181,7 @@ def fetch(hub_id: str, revision: str, files: str) -> Path:
     return (Path(copy) / files).parent
 
 
-def open_image(file: str | Path | BinaryIO) -> Image.Image:
+def open_image(file: str | Path | BytesIO) -> Image.Image:
     """A picture file, whole, upright (cameras note the rotation in EXIF) and RGB."""
     with Image.open(file) as image:
         return ImageOps.exif_transpose(image).convert("RGB")

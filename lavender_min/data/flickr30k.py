@@ -26,9 +26,12 @@ IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images", "flickr30k_images/flick
 
 class Row(NamedTuple):
     file: str
-    split: str | None  # None: not known
-    captions: list[tuple[int, str]]  # (caption index, caption)
-    image: Callable[[], Image.Image] | None = None  # None: in the image folder
+    # None where it is not known.
+    split: str | None
+    # (caption index, caption)
+    captions: list[tuple[int, str]]
+    # None: the file lies in the image folder.
+    image: Callable[[], Image.Image] | None = None
 
 
 def load(root: Path, split: str | None = None, captions: str = "first") -> list[Example]:
@@ -62,7 +65,9 @@ def load(root: Path, split: str | None = None, captions: str = "first") -> list[
     if rows and rows[0].image is None:
         folder = picture_folder(root, IMAGE_FOLDERS, [row.file for row in rows[:100]])
     return [
-        Example(f"{row.file}#{index}", row.image or partial(open_image, folder / row.file), "", caption)
+        Example(
+            f"{row.file}#{index}", row.image or partial(open_image, folder / row.file), "", caption, picture=row.file
+        )
         for row in rows
         for index, caption in (row.captions[:1] if captions == "first" else row.captions)
     ]

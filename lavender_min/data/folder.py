@@ -61,4 +61,5 @@ def _example(line: str, path: Path, number: int) -> Example:
         ) from error
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
-    return Example(str(row.get("id", f"{image}#{number}")), partial(open_image, path.parent / image), question, answer)
+    id = str(row.get("id", f"{image}#{number}"))
+    return Example(id, partial(open_image, path.parent / image), question, answer, picture=image)

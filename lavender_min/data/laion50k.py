@@ -61,12 +61,14 @@ def _pictures(shard: Path) -> dict[str, Callable[[], Image.Image]]:
                 if name.suffix in PICTURES:
                     found[name.stem] = partial(_open_part, tar, member.offset_data, member.size)
     except tarfile.ReadError:
-        pass  # what it should hold and does not is found out picture by picture
+        # The pictures beyond the cut are missing; each is skipped when it is opened, like any broken picture.
+        pass
     return found
 
 
 def _open_part(file: Path, offset: int, size: int) -> Image.Image:
-    with open(file, "rb") as bytes_:  # opened anew: a shared file has one position for all threads
+    # Opened anew each time: an open file has one position, which threads would share.
+    with open(file, "rb") as bytes_:
         bytes_.seek(offset)
         return open_image(BytesIO(bytes_.read(size)))
 

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -21,7 +22,13 @@ from lavender_min.data import Example, open_image, parquet, picture_folder
 FILES = ("ocrvqa30k.json.gz", "ocrvqa30k.json")
 IMAGE_FOLDERS = ("imgs", "images", ".")
 COVERS = 30_000
-Cover = tuple[str, Callable[[], Image.Image], list[tuple[str, str]]]  # id, picture, (question, answer) for each turn
+
+
+class Cover(NamedTuple):
+    id: str
+    image: Callable[[], Image.Image]
+    # (question, answer) for each turn of the conversation.
+    turns: list[tuple[str, str]]
 
 
 def load(root: Path, captions: str = "all") -> list[Example]:
@@ -41,7 +48,7 @@ def load(root: Path, captions: str = "all") -> list[Example]:
             "or have it downloaded (--data_root HuggingFaceM4/the_cauldron), or try --data toy"
         )
     return [
-        Example(f"{id}#{number}", image, question.removeprefix("<image>").strip(), answer.strip())
+        Example(f"{id}#{number}", image, question.removeprefix("<image>").strip(), answer.strip(), picture=id)
         for id, image, turns in covers
         for number, (question, answer) in enumerate((turns or [("", "")])[: 1 if captions == "first" else None])
     ]
@@ -60,9 +67,9 @@ def _from_json(path: Path) -> Iterable[Cover]:
             f"{path} is not the authors' list of conversations ({type(error).__name__}: {error})"
         ) from error
     folder = picture_folder(path.parent, IMAGE_FOLDERS, [file for _, file, _ in covers[:100]])
-    return [(id, partial(open_image, folder / file), turns) for id, file, turns in covers]
+    return [Cover(id, partial(open_image, folder / file), turns) for id, file, turns in covers]
 
 
 def _from_parquet(files: list[Path]) -> Iterable[Cover]:
     for number, (row, image) in enumerate(parquet.read(files, "images", ("texts",), rows=COVERS)):
-        yield str(number), image, [(turn["user"] or "", turn["assistant"] or "") for turn in row["texts"] or []]
+        yield Cover(str(number), image, [(turn["user"] or "", turn["assistant"] or "") for turn in row["texts"] or []])

@@ -42,7 +42,8 @@ def read(
 
     `optional` columns are read if they are there; files that are not needed for `rows` rows are not read.
     """
-    from datasets import Dataset, concatenate_datasets  # slow to import, and nothing else needs it
+    # Slow to import, and nothing else needs it.
+    from datasets import Dataset, concatenate_datasets
     from datasets.exceptions import DatasetGenerationError
 
     parts: list[Dataset] = []

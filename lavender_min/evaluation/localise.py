@@ -1,97 +1,186 @@
-"""How well the toy Stable Diffusion finds what a word names, by recipe, resolution and normalisation.
+"""How well Stable Diffusion finds what a word names, by recipe, resolution and normalisation.
 
-    python -m lavender_min.evaluation.localise --scenes 500                    on held-out scenes: what to report
-    python -m lavender_min.evaluation.localise --scenes 500 --split tune       on other scenes: what to choose by
+    python -m lavender_min.evaluation.localise --scenes 500                    on held-out pictures: what to report
+    python -m lavender_min.evaluation.localise --scenes 500 --split tune       on other pictures: what to choose by
 
-Prints a Markdown table: on the scenes' captions, the share of words whose map is largest inside their mask (the pointing
-game), the share of the map's mass in there, and seconds a picture. Chance stands in the first row. Every recipe is run
-once and its recording read at each resolution; the best reading is read once more with content normalisation.
+Prints a Markdown table: on the pictures' captions, the share of words whose map is largest inside their mask (the
+pointing game), the share of the map's mass in there, and seconds a picture. Chance stands in the first row. Every recipe
+is run once, and its recording gives the maps of every resolution. The best maps are made once more with content
+normalisation.
 """
 
-import argparse
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 from tqdm import tqdm
 
-from lavender_min.evaluation.measures import WORD_KINDS, mass_inside, pointing
-from lavender_min.geometry import MAP_SIDE
+from lavender_min import cli
+from lavender_min.cli import flag
+from lavender_min.data import SOURCES, Example, load, measured_split
+from lavender_min.evaluation.metrics import mass_inside, pointing
+from lavender_min.evaluation.sheet import kinds_of, regions_of
+from lavender_min.evaluation.tables import table
 from lavender_min.teachers import attention_maps
-from lavender_min.toy import data, models
 
-ASKED: dict[str, tuple[str, dict]] = {
-    "paper": ("paper", {}),
-    "null-text": ("null-text", {}),
-    "invert": ("invert", {}),
-    "noise, t 51, 151, 301": ("noise", {}),
-    "noise, t 151": ("noise", {"timesteps": [151]}),
-    "noise, t 151, 4 draws": ("noise", {"timesteps": [151], "draws": 4}),
-    "noise, t 501": ("noise", {"timesteps": [501]}),
+
+class Trial(NamedTuple):
+    recipe: str
+    settings: dict[str, Any]
+
+
+TRIALS = {
+    "paper": Trial("paper", {}),
+    "null-text": Trial("null-text", {}),
+    "invert": Trial("invert", {}),
+    "noise, t 51, 151, 301": Trial("noise", {}),
+    "noise, t 151": Trial("noise", {"timesteps": [151]}),
+    "noise, t 151, 4 draws": Trial("noise", {"timesteps": [151], "draws": 4}),
+    "noise, t 501": Trial("noise", {"timesteps": [501]}),
 }
-Reading = tuple[int | None, bool]  # layers of which side (None: all), and whether content-normalised
 
 
-def localise(sd, examples, recipe: str, settings: dict, readings: list[Reading], batch: int = 20):
-    """For each reading {kind: (pointing, mass, chance)} over all words of that kind; and seconds a picture."""
-    maps: dict[Reading, list[torch.Tensor]] = {reading: [] for reading in readings}
-    masks, kinds, seconds = [], [], 0.0
-    for start in tqdm(range(0, len(examples), batch), desc=recipe, leave=False):
-        some = examples[start : start + batch]
+class Reading(NamedTuple):
+    """How maps are made of a recording: from the layers of which side (None: all), and whether content-normalised."""
+
+    side: int | None
+    content_norm: bool
+
+
+class Score(NamedTuple):
+    """Means over the words of one kind. An even map scores `chance` in both."""
+
+    pointing: float
+    mass: float
+    chance: float
+
+
+class Localised(NamedTuple):
+    """For each reading, {kind of word: its score}; and how long the recipe took."""
+
+    scores: dict[Reading, dict[str, Score]]
+    seconds_a_picture: float
+
+
+class Known(NamedTuple):
+    """A word that has a region: which picture of its batch, which of the words found there, and where its thing is."""
+
+    picture: int
+    word: int
+    kind: str
+    mask: Bool[Tensor, "g g"]
+
+
+def localise(
+    sd: attention_maps.StableDiffusion,
+    examples: list[Example],
+    trial: Trial,
+    readings: Sequence[Reading],
+    batch_size: int = 20,
+) -> Localised:
+    """Scores over all words of the examples that have a region of some kind."""
+    found: dict[Reading, list[Tensor]] = {reading: [] for reading in readings}
+    known: list[Known] = []
+    kinds: dict[str, None] = {}
+    seconds = 0.0
+    for start in tqdm(range(0, len(examples), batch_size), desc=trial.recipe, leave=False):
+        some = examples[start : start + batch_size]
         pixels = torch.stack([attention_maps.frame_image(example.image(), sd.side) for example in some])
         fields, ids = [example.fields for example in some], [example.id for example in some]
         began = time.perf_counter()
-        recorded = attention_maps.record(sd, pixels, fields, ids, recipe, settings)
+        recorded = attention_maps.record(sd, pixels, fields, ids, trial.recipe, trial.settings)
         seconds += time.perf_counter() - began
-        known = []  # the words that have a mask, as (picture, place)
-        for i, (id, words) in enumerate(zip(ids, attention_maps.read(recorded), strict=True)):
-            truth = data.word_masks(id, MAP_SIDE)
-            for place, word in enumerate(words.words):
-                kind = next((kind for kind, texts in WORD_KINDS.items() if word.text in texts), None)
-                if kind and word[1:] in truth:
-                    known.append((i, place))
-                    masks.append(torch.from_numpy(truth[word[1:]]))
-                    kinds.append(kind)
-        for side, content_norm in readings:
-            found = attention_maps.read(recorded, None if side is None else {side: 1.0}, content_norm)
-            maps[side, content_norm] += [found[i].maps[place] for i, place in known]
-    true = torch.stack(masks)
-    scores = {}
-    for reading, seen in maps.items():
-        each = torch.stack([f(torch.stack(seen), true) for f in (pointing, mass_inside)], 1)
-        each = torch.cat([each, true.float().mean((1, 2))[:, None]], 1)
-        scores[reading] = {kind: each[[k == kind for k in kinds]].mean(0).tolist() for kind in WORD_KINDS}
-    return scores, seconds / len(examples)
+        here: list[Known] = []
+        for i, (example, words) in enumerate(zip(some, attention_maps.read(recorded), strict=True)):
+            regions = regions_of(example)
+            kinds |= kinds_of(regions)
+            for w, word in enumerate(words.words):
+                region = regions.get((word.field, word.start, word.end))
+                if region is not None and region.kind:
+                    here.append(Known(i, w, region.kind, torch.from_numpy(region.mask)))
+        known += here
+        for (side, content_norm), maps in found.items():
+            of = attention_maps.read(recorded, None if side is None else {side: 1.0}, content_norm)
+            maps += [of[word.picture].maps[word.word] for word in here]
+    scores = {reading: score(torch.stack(maps), known, list(kinds)) for reading, maps in found.items()}
+    return Localised(scores, seconds / len(examples))
 
 
-def table(scenes: int, sd_name: str, split: str = "heldout", names: Iterable[str] | None = None) -> tuple[str, float]:
-    """The Markdown table of ASKED, or some of it, and the best pointing score for shape words."""
+def score(maps: Float[Tensor, "n g g"], known: list[Known], kinds: list[str]) -> dict[str, Score]:
+    """By kind of word, the means over the maps of n words."""
+    masks = torch.stack([word.mask for word in known])
+    columns = torch.stack([pointing(maps, masks), mass_inside(maps, masks), masks.float().mean((1, 2))], 1)
+    return {
+        kind: Score(*columns[torch.tensor([word.kind == kind for word in known])].mean(0).tolist()) for kind in kinds
+    }
+
+
+class Row(NamedTuple):
+    name: str
+    reading: Reading
+    scores: dict[str, Score]
+    seconds: float
+
+
+def localisation_table(examples: list[Example], sd_name: str, names: Iterable[str] | None = None) -> tuple[str, float]:
+    """The Markdown table of TRIALS, or of some of them, and the best pointing score for words of the first kind."""
     sd = attention_maps.load(sd_name)
-    examples = [data.example(f"{split}-{i:05d}-caption") for i in range(scenes)]
-    readings: list[Reading] = [(side, norm) for norm in (False, True) for side in (None, *sd.map_sides)]
-    found = []  # (what was asked, reading, scores, seconds)
-    for name in names or ASKED:
-        recipe, settings = ASKED[name]
-        scores, seconds = localise(sd, examples, recipe, settings, readings)
-        found += [(name, reading, scores[reading], seconds) for reading in readings]
-    plain = [row for row in found if not row[1][1]]
-    best = max(plain, key=lambda row: row[2]["shape"][0])
-    normed = next(row for row in found if row[:2] == (best[0], (best[1][0], True)))
-    chance = ["chance", "", *(f"{best[2][kind][2]:.3f}" for kind in WORD_KINDS), f"{best[2]['shape'][2]:.3f}", ""]
-    head = ["recipe", "layers", *(f"pointing, {kind}" for kind in WORD_KINDS), "mass, shape", "s a picture"]
-    rows = [head, ["---"] * len(head), chance]
-    for name, (side, norm), scores, seconds in [*plain, normed]:
-        layers = ("all" if side is None else f"{side}²") + (", content norm" if norm else "")
-        points = [f"{scores[kind][0]:.3f}" for kind in WORD_KINDS]
-        rows.append([name, layers, *points, f"{scores['shape'][1]:.3f}", f"{seconds:.3f}"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows), best[2]["shape"][0]
+    readings = [Reading(side, norm) for norm in (False, True) for side in (None, *sd.map_sides)]
+    found: list[Row] = []
+    for name in names or TRIALS:
+        scores, seconds = localise(sd, examples, TRIALS[name], readings)
+        found += [Row(name, reading, scores[reading], seconds) for reading in readings]
+    kinds = list(found[0].scores)
+    plain = [row for row in found if not row.reading.content_norm]
+    best = max(plain, key=lambda row: row.scores[kinds[0]].pointing)
+    normed = next(row for row in found if (row.name, row.reading) == (best.name, Reading(best.reading.side, True)))
+
+    header = ["recipe", "layers", *(f"pointing, {kind}" for kind in kinds), f"mass, {kinds[0]}", "s a picture"]
+    chances = [f"{best.scores[kind].chance:.3f}" for kind in kinds]
+    lines = [["chance", "", *chances, chances[0], ""]]
+    for row in [*plain, normed]:
+        layers = "all" if row.reading.side is None else f"{row.reading.side}²"
+        layers += ", content norm" if row.reading.content_norm else ""
+        points = [f"{row.scores[kind].pointing:.3f}" for kind in kinds]
+        lines.append([row.name, layers, *points, f"{row.scores[kinds[0]].mass:.3f}", f"{row.seconds:.3f}"])
+    return table(header, lines), best.scores[kinds[0]].pointing
+
+
+def captions(name: str, split: str | None, count: int) -> list[Example]:
+    """The first `count` captions of a data set whose words have regions."""
+    measured = measured_split(name)
+    found = [example for example in load(name, split=split or measured) if not example.question]
+    if len(found) < count:
+        raise ValueError(f"--scenes {count}: there are {len(found)} captions")
+    return found[:count]
+
+
+@dataclass
+class Flags:
+    data: str = flag("toy", "the pictures; their data must say where the things lie that words name", SOURCES)
+    scenes: int = flag(500, "captions")
+    split: str | None = flag(None, "which part of the data (default: the held-out one)")
+    only: list[str] = flag([], "some of the recipes: null-text takes ten times the rest", TRIALS)
+    sd: str | None = flag(None, "Stable Diffusion: model name or pipeline folder (default: the data's)")
+
+    def __post_init__(self) -> None:
+        cli.at_least(1, scenes=self.scenes)
+        measured_split(self.data)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    def run() -> None:
+        flags = cli.parse(Flags, "localise", __doc__, argv)
+        examples = captions(flags.data, flags.split, flags.scenes)
+        print(localisation_table(examples, flags.sd or SOURCES[flags.data].sd, flags.only)[0])
+
+    return cli.run("localise", run)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=500)
-    parser.add_argument("--split", choices=["tune", "heldout"], default="heldout")
-    parser.add_argument("--only", nargs="+", choices=list(ASKED), help="null-text takes ten times the rest")
-    parser.add_argument("--sd", default=str(models.SD_FOLDER), help="a pipeline folder")
-    args = parser.parse_args()
-    print(table(args.scenes, args.sd, args.split, args.only)[0])
+    sys.exit(main())

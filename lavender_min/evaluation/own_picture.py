@@ -1,84 +1,69 @@
 """One's own picture: what a model says about it, and where it looked for every word it said.
 
-The model answers freely; then its own answer is put back as text (teacher forcing), so that each of its words has rows to
-read the attention from, just as in training.
+The model answers freely. Then its own answer is put back as text (teacher forcing), so that each of its words has rows
+from which the attention can be read, just as in training.
 """
 
-import dataclasses
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 
-from lavender_min import draw
-from lavender_min.data import BROKEN_PICTURE, Example, open_image
-from lavender_min.evaluation import measures
+from lavender_min import data, draw
+from lavender_min.data import Example
+from lavender_min.evaluation import models
+from lavender_min.evaluation.flags import Flags
 from lavender_min.geometry import MAP_SIDE
-from lavender_min.hosts import base as hosts
 from lavender_min.maps import StoredMaps
-from lavender_min.tuning import runs
-from lavender_min.tuning.collator import Collator
-from lavender_min.tuning.export import base_of
-from lavender_min.tuning.model import Lavender
 from lavender_min.words import Word, find_words
 
+# Words in a line of the drawing.
 COLUMNS = 6
-LONGEST = 256  # tokens of an answer
+# Tokens of an answer, at most.
+LONGEST = 256
 TITLES = {"own": "the model's attention", "aligned": "through the Aligner"}
 
 
-def load_tuned(vlm: str | None, adapter: str | None, dtype: torch.dtype) -> tuple[Lavender, Any, ModuleType, str]:
-    """(model, processor, host module, the rows that speak for a word) of a host as it is, a run's folder, or a PEFT adapter.
+class Reply(NamedTuple):
+    """An answer, its words, and each kind of map of every word (`Lavender.read`)."""
 
-    A run knows its host; `vlm` says where it lies now, if elsewhere.
-    """
-    if adapter and (Path(adapter) / runs.FLAGS_FILE).exists():
-        flags = runs.recall(adapter)
-        flags = dataclasses.replace(flags, vlm=vlm or flags.vlm)
-        return *runs.build(flags, dtype, trained=adapter), flags.attend
-    tuned_on = base_of(Path(adapter)) if adapter else None
-    model, processor, host = hosts.load(str(vlm or tuned_on), dtype=dtype)
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter)
-    return Lavender(model), processor, host, "predicting"
+    text: str
+    words: list[Word]
+    maps: dict[str, Float[Tensor, "w g g"]]
 
 
-def picture(path: str) -> Image.Image:
-    """Raises ValueError, in one line, for what is no whole picture."""
-    try:
-        return open_image(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--image {path}: there is no such file") from None
-    except BROKEN_PICTURE as error:
-        raise ValueError(f"--image {path} is not a picture that can be read: {error}") from None
+def describe(flags: Flags, image: Image.Image) -> None:
+    """Prints the answer to `flags.question` about a picture, and draws it into the folder `flags.out`."""
+    vlm = flags.vlm if flags.vlm or flags.adapter else data.SOURCES[flags.data].vlm
+    loaded = models.load_adapter(vlm, flags.adapter, models.half_of_gpu())
+    reply = answer(loaded, image, flags.question)
+    print(reply.text)
+    if not reply.words:
+        raise ValueError(f"the answer, {reply.text!r}, has no words to draw")
+    path = Path(flags.out) / f"{Path(str(flags.image)).stem}.png"
+    draw_reply(path, image, reply)
+    print(f"{path} shows where it looked for each word")
 
 
-@torch.no_grad()
-def ask(
-    model: Lavender, processor: Any, host: ModuleType, attend: str, image: Image.Image, question: str
-) -> tuple[str, list[Word], dict[str, Float[Tensor, "w g g"]]]:
-    """The answer, its words, and each kind of map of every word (`Lavender.read`). "" asks for a caption."""
+def answer(loaded: models.Loaded, image: Image.Image, question: str) -> Reply:
+    """The model's answer. The question "" stands for a caption."""
     example = Example("picture", lambda: image, question, "")
-    reply = measures.answer(model, processor, [example], 1, "answer", LONGEST)[0].strip()
-    words = find_words({"answer": reply})
+    text = models.answer(loaded.model, loaded.processor, [example], 1, "answer", LONGEST)[0].strip()
+    words = find_words({"answer": text})
     if not words:
-        return reply, [], {}
-    stored = StoredMaps(question, reply, words, torch.zeros(len(words), MAP_SIDE, MAP_SIDE), 0.0)
-    batch = Collator(processor, model.host.config, host, attend=attend)([(example._replace(answer=reply), stored)])
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "targets", "word_tokens")}
-    with measures.autocast(model):
-        maps = model.read(**measures.to_device(inputs, model.host.device))
-    return reply, words, {kind: of[0].float().cpu() for kind, of in maps.items()}
+        return Reply(text, [], {})
+    stored = StoredMaps(question, text, words, torch.zeros(len(words), MAP_SIDE, MAP_SIDE), 0.0)
+    batch = models.collator(loaded, "whole")([(example._replace(answer=text), stored)])
+    return Reply(text, words, {name: maps[0] for name, maps in models.maps_of_batch(loaded.model, batch).items()})
 
 
-def draw_answer(path: Path, image: Image.Image, words: list[Word], maps: dict[str, Float[Tensor, "w g g"]]) -> None:
+def draw_reply(path: Path, image: Image.Image, reply: Reply) -> None:
     """A PNG of small pictures: one a word and kind of map, in reading order."""
+    words, maps = reply.words, reply.maps
     lines = -(-len(words) // COLUMNS)
     width, high = min(len(words), COLUMNS), lines * len(maps)
     figure = Figure(figsize=(2.0 * width, (2.0 * image.height / image.width + 0.3) * high), layout="constrained")

@@ -25,9 +25,12 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 SD_FOLDER = Path(__file__).parent / "models" / "sd"
 VLM_FOLDER = Path(__file__).parent / "models" / "vlm"
-TEXT_LENGTH = 40  # tokens Stable Diffusion's text encoder takes, 77 in v1.4
+# Tokens that Stable Diffusion's text encoder takes; 77 in v1.4.
+TEXT_LENGTH = 40
+# Pixels of Mllama's tiles and patches.
 TILE, PATCH, MAX_TILES = 64, 8, 4
-LONGEST_WORD = 6  # letters a word may have and still be one token
+# Letters that a word may have and still be one token.
+LONGEST_WORD = 6
 
 # Llama 3.2's own tokens and layout, without its system header.
 IMAGE_TOKEN = "<|image|>"
@@ -86,7 +89,8 @@ def chat_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
     tokenizer.add_special_tokens([*SPECIAL_TOKENS, IMAGE_TOKEN])
-    bos = SPECIAL_TOKENS[0]  # like Llama's, it puts BOS first unless told not to
+    # Like Llama's tokenizer, it puts BOS first unless told not to.
+    bos = SPECIAL_TOKENS[0]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocab[bos])])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -131,7 +135,8 @@ def stable_diffusion(corpus: Iterable[str], folder: Path) -> Any:
         block_out_channels=(48, 96),
         layers_per_block=1,
         cross_attention_dim=128,
-        attention_head_dim=4,  # the number of heads, in spite of its name
+        # The number of heads, in spite of its name.
+        attention_head_dim=4,
         norm_num_groups=16,
     )
     scheduler = DDIMScheduler(
@@ -169,9 +174,11 @@ def mllama(corpus: Iterable[str]) -> tuple[Any, MllamaProcessor]:
         supported_aspect_ratios=[[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
     )
     text = dict(
-        vocab_size=len(tokenizer) - 1,  # the image token has an embedding but no logit, as in Llama 3.2
+        # The image token has an embedding but no logit, as in Llama 3.2.
+        vocab_size=len(tokenizer) - 1,
         hidden_size=128,
-        initializer_range=0.08,  # about 1/√width; the usual 0.02 is for widths of thousands, and here hides the picture
+        # About 1/√width. The usual 0.02 is for widths of thousands; here it would hide the picture.
+        initializer_range=0.08,
         num_hidden_layers=6,
         cross_attention_layers=[1, 3, 5],
         num_attention_heads=4,

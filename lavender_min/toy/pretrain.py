@@ -1,14 +1,15 @@
 """Trains the two toy models from nothing: `python -m lavender_min.toy.pretrain [--out DIR] [--only vae|sd|vlm]`.
 
-Three trainings, each on the pretraining split only, each resumable (it saves itself every few hundred steps and goes
-on where it was when started again), each a pure function of its step number, so a resumed run sees the same data:
+There are three trainings, on the pretraining split only:
 
     vae   pictures to 4 × 16 × 16 latents and back, on random crops (it is convolutional)
     sd    text encoder and UNet together, v-prediction, on the latents
     vlm   Mllama's vision tower on what each patch shows, then the whole Mllama on lists of what is there and two kinds of
           question, without relations or places
 
-On a CPU they take two or three hours; `vlm` does not need the others and can run beside them.
+Each saves itself every hundred steps and goes on from there when it is started again. What a step sees is a function of
+its number alone, so a resumed run sees the same data. On a CPU all three take three or four hours; `vlm` does not need
+the others and can run beside them.
 """
 
 import argparse
@@ -25,22 +26,26 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lavender_min.data import CAPTION_PROMPT
+from lavender_min.data import CAPTION_PROMPT, Example
 from lavender_min.toy import data, models, world
 
-SCENES = 20_000  # of the pretraining split
+# Of the pretraining split.
+SCENES = 20_000
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The kinds of examples that Mllama is trained on.
 VLM_KINDS = ("caption", "color", "exists")
-KINDS_OF_PATCH = (world.SHAPES, tuple(world.COLORS), tuple(world.SIZES))  # in the order of a Thing's fields
-LATENT_SPREAD = 0.7  # standard deviation of the scaled latents: below 1, more of the picture is lost to noise,
-# so the UNet has to read the text
+# What a patch may show, in the order of a Thing's fields.
+KINDS_OF_PATCH = (world.SHAPES, tuple(world.COLORS), tuple(world.SIZES))
+# Standard deviation of the scaled latents. Below 1 more of the picture is lost to noise, so the UNet needs the text.
+LATENT_SPREAD = 0.7
+
+LossOf = Callable[[np.random.Generator], Tensor]
 
 
-def fit(
-    name: str, module: nn.Module, loss_of: Callable[[np.random.Generator], Tensor], steps: int, lr: float, out: Path
-):
-    """AdamW, linear warm-up over 200 steps, cosine to zero. Saves itself to `out/name.pt`. bf16 on a GPU only: a CPU is
-    slower with it in the backward of convolutions (0.84 against 0.68 s a step of the UNet).
+def fit(name: str, module: nn.Module, loss_of: LossOf, steps: int, lr: float, out: Path) -> None:
+    """AdamW, linear warm-up over 200 steps, cosine to zero; saved to `out/name.pt` every hundred steps.
+
+    bf16 on a GPU only: a CPU is slower with it in the backward of convolutions (0.84 against 0.68 s a step of the UNet).
     """
     module.to(DEVICE).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -95,12 +100,14 @@ def corpus() -> list[str]:
     for i in range(2000):
         scene, rng = data.scene_of(i), np.random.default_rng([i, 3])
         texts += [world.caption(scene, rng).text, world.relation(scene, rng).text]
-        texts += [spoken.text for ask in world.QUESTIONS.values() for spoken in ask(scene, rng)]
+        texts += [line.text for question_of in world.QUESTIONS.values() for line in question_of(scene, rng)]
     return texts
 
 
 def train_vae(pipe, images: np.ndarray, out: Path, steps: int = 1500, crop: int = 64, batch: int = 16) -> None:
-    def loss_of(rng):
+    """Absolute and squared error on random crops; the KL term is kept very small, so that pictures stay sharp."""
+
+    def loss_of(rng: np.random.Generator) -> Tensor:
         y, x = rng.integers(0, data.SIDE - crop + 1, 2)
         picked = np.sort(rng.choice(len(images), batch, replace=False))
         pixels = as_pixels(images[picked][:, y : y + crop, x : x + crop])
@@ -114,9 +121,9 @@ def train_vae(pipe, images: np.ndarray, out: Path, steps: int = 1500, crop: int 
 def train_sd(pipe, images: np.ndarray, out: Path, steps=(3000, 2500, 3600), batch: int = 32) -> None:
     """v-prediction; a fifth of the time steps below 250, the rest above, where only the text tells what is there.
 
-    In three phases, each with its own warm-up and cosine: short captions first, then more full listings and questions, so
-    that every word of a long text finds its place; last, captions that always name the colour, at the time steps between
-    those where the picture says everything and those where nobody can tell where a thing is.
+    There are three phases, each with its own warm-up and cosine. The first has short captions. The second has more full
+    listings and questions, so that every word of a long text finds its place. The third has captions that always name
+    the colour, at time steps below 850, because above nobody can tell where a thing is.
     """
     scheduler = pipe.scheduler
     with torch.no_grad():
@@ -185,56 +192,72 @@ def without_some_colors(text: str, rng: np.random.Generator) -> str:
 
 
 def question(scene: world.Scene, rng: np.random.Generator) -> str:
-    ask = world.QUESTIONS[str(rng.choice(list(world.QUESTIONS)))]
-    return " ".join(spoken.text for spoken in ask(scene, rng))
+    question_of = world.QUESTIONS[str(rng.choice(list(world.QUESTIONS)))]
+    return " ".join(line.text for line in question_of(scene, rng))
+
+
+# Tiles along a side of the toy pictures.
+TILES = data.SIDE // models.TILE
+See = Callable[[np.random.Generator], tuple[np.ndarray, Tensor]]
+
+
+def sight_of(model, processor, images: np.ndarray, scenes: int) -> See:
+    """A function that picks some scenes and runs the vision tower on them.
+
+    It returns their numbers and the states of their patches, [scenes, tiles, CLS + patches + padding, d].
+    """
+    mean = torch.tensor(processor.image_processor.image_mean)[:, None, None]
+    std = torch.tensor(processor.image_processor.image_std)[:, None, None]
+    # All toy pictures are of one size, so what the processor says of one holds for all.
+    canvas = processor.image_processor(images=[data.example("pretrain-00000-caption").image()], return_tensors="pt")
+
+    def see(rng: np.random.Generator) -> tuple[np.ndarray, Tensor]:
+        picked = np.sort(rng.choice(len(images), scenes, replace=False))
+        tiles = rearrange(torch.from_numpy(images[picked]), "b (r y) (c x) k -> b 1 (r c) k y x", r=TILES, c=TILES)
+        states = model.model.vision_model(
+            pixel_values=((tiles.float() / 255 - mean) / std).to(DEVICE),
+            aspect_ratio_ids=canvas["aspect_ratio_ids"].expand(scenes, -1).to(DEVICE),
+            aspect_ratio_mask=canvas["aspect_ratio_mask"].expand(scenes, -1, -1).to(DEVICE),
+        ).last_hidden_state
+        return picked, states[:, 0]
+
+    return see
+
+
+def train_tower(model, see: See, out: Path, steps: int) -> None:
+    """The vision tower alone: it learns what each patch shows (shape, colour and size, or background).
+
+    It does so through three heads that are thrown away. Llama's vision tower came trained as well, on pictures with
+    texts. Without this most steps of the training that follows go into finding out that pictures hold things.
+    """
+    width, side = model.config.vision_config.vision_output_dim, models.TILE // models.PATCH
+    heads = nn.ModuleList(nn.Linear(width, 1 + len(kinds)) for kinds in KINDS_OF_PATCH)
+
+    def loss_of(rng: np.random.Generator) -> Tensor:
+        picked, states = see(rng)
+        kinds = torch.from_numpy(np.stack([patch_kinds(data.scene_of(int(i)), TILES * side) for i in picked]))
+        kinds = rearrange(kinds, "b k (r y) (c x) -> k (b r c y x)", r=TILES, c=TILES).to(DEVICE)
+        patches = states[:, :, 1 : 1 + side * side].flatten(0, 2)
+        losses = [
+            nn.functional.cross_entropy(head(patches).float(), kind) for head, kind in zip(heads, kinds, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+    fit("vlm_tower", nn.ModuleList([model.model.vision_model, heads]), loss_of, steps, 2e-3, out)
 
 
 def train_vlm(
     model, processor, images: np.ndarray, out: Path, steps: tuple[int, int] = (1000, 3000), scenes: int = 32, texts=2
 ) -> None:
-    """The vision tower first, alone, then everything.
-
-    Llama's vision tower came trained, on pictures with texts; this one learns what each of its patches shows (shape,
-    colour and size, or background), through three heads that are thrown away. Without it most steps go into finding out
-    that pictures hold things. Then several sentences are read against each picture, so the tower runs once for all.
-    """
-    tiles, tower = data.SIDE // models.TILE, model.model.vision_model
-    mean = torch.tensor(processor.image_processor.image_mean)[:, None, None]
-    std = torch.tensor(processor.image_processor.image_std)[:, None, None]
-    canvas = processor.image_processor(images=[data.example("pretrain-00000-caption").image()], return_tensors="pt")
+    """The vision tower first, alone, then everything, with `texts` sentences a picture, so that the tower runs once for all."""
+    see = sight_of(model, processor, images, scenes)
     encoded = [
         encode(processor, [data.example(f"pretrain-{i:05d}-{kind}") for kind in VLM_KINDS])
-        for i in tqdm(range(len(images)), desc="reading", mininterval=5)
+        for i in tqdm(range(len(images)), desc="encoding texts", mininterval=5)
     ]
 
-    def look(rng):
-        """Some scenes and the tower's states of their patches, [scenes, tiles, CLS + patches + padding, d]."""
-        picked = np.sort(rng.choice(len(images), scenes, replace=False))
-        pixels = (
-            rearrange(torch.from_numpy(images[picked]), "b (r y) (c x) k -> b 1 (r c) k y x", r=tiles, c=tiles).float()
-            / 255
-        )
-        seen = dict(
-            pixel_values=((pixels - mean) / std).to(DEVICE),
-            aspect_ratio_ids=canvas["aspect_ratio_ids"].expand(scenes, -1).to(DEVICE),
-            aspect_ratio_mask=canvas["aspect_ratio_mask"].expand(scenes, -1, -1).to(DEVICE),
-        )
-        return picked, tower(**seen).last_hidden_state[:, 0]
-
-    heads = nn.ModuleList(
-        nn.Linear(model.config.vision_config.vision_output_dim, 1 + len(kinds)) for kinds in KINDS_OF_PATCH
-    )
-
-    def patch_loss(rng):
-        picked, states = look(rng)
-        side = models.TILE // models.PATCH
-        kinds = torch.from_numpy(np.stack([patch_kinds(data.scene_of(int(i)), tiles * side) for i in picked]))
-        kinds = rearrange(kinds, "b k (r y) (c x) -> k (b r c y x)", r=tiles, c=tiles).to(DEVICE)
-        patches = states[:, :, 1 : 1 + side * side].flatten(0, 2)
-        return sum(nn.functional.cross_entropy(head(patches).float(), k) for head, k in zip(heads, kinds, strict=True))
-
-    def loss_of(rng):
-        picked, states = look(rng)
+    def loss_of(rng: np.random.Generator) -> Tensor:
+        picked, states = see(rng)
         states = model.model.multi_modal_projector(states).reshape(scenes, -1, model.config.text_config.hidden_size)
         lines = [encoded[i][k] for i in picked for k in rng.integers(0, len(VLM_KINDS), texts)]
         longest = max(len(ids) for ids, _ in lines)
@@ -249,8 +272,9 @@ def train_vlm(
         ).logits
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
-    fit("vlm_tower", nn.ModuleList([tower, heads]), patch_loss, steps[0], 2e-3, out)
-    with torch.no_grad():  # the gates start at tanh(0) = 0: a picture nobody looks at teaches nothing
+    train_tower(model, see, out, steps[0])
+    # The gates start at tanh(0) = 0, and then no gradient reaches what comes from the picture.
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "cross_attn_attn_gate" in name or "cross_attn_mlp_gate" in name:
                 parameter.fill_(0.5)
@@ -268,17 +292,17 @@ def patch_kinds(scene: world.Scene, side: int) -> np.ndarray:
     )
 
 
-def encode(processor, examples) -> list[tuple[list[int], list[int]]]:
+def encode(processor, examples: list[Example]) -> list[tuple[list[int], list[int]]]:
     """(token ids, labels) of each example as a chat; only the answer and the end of the turn are labelled."""
-    rows = []
+    encoded = []
     for example in examples:
-        asked = [{"type": "image"}, {"type": "text", "text": example.question or CAPTION_PROMPT}]
-        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": example.answer}]
+        prompt = [{"type": "image"}, {"type": "text", "text": example.question or CAPTION_PROMPT}]
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": example.answer}]
         chat = processor.apply_chat_template(turns)
         start = processor.apply_chat_template(turns[:1], add_generation_prompt=True)
         ids, known = (processor.tokenizer(t, add_special_tokens=False).input_ids for t in (chat, start))
-        rows.append((ids, [-100] * len(known) + ids[len(known) :]))
-    return rows
+        encoded.append((ids, [-100] * len(known) + ids[len(known) :]))
+    return encoded
 
 
 def as_pixels(images: np.ndarray) -> Tensor:

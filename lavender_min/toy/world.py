@@ -15,7 +15,8 @@ COLORS = {
     "turquoise": (0.15, 0.85, 0.82), "blue": (0.12, 0.22, 0.86), "purple": (0.55, 0.15, 0.70), "white": (0.98, 0.98, 0.98),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "crescent")
-SIZES = {"small": 0.125, "large": 0.205}  # half a shape's width
+# Half a shape's width.
+SIZES = {"small": 0.125, "large": 0.205}
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three", "four")
 
@@ -26,19 +27,31 @@ class Thing(NamedTuple):
     size: str
     x: float
     y: float
-    angle: float  # radians, small: a square stays a square and not a diamond
+    # In radians, and small: a square stays a square and does not become a diamond.
+    angle: float
 
 
 class Scene(NamedTuple):
-    things: tuple[Thing, ...]  # back to front
+    # From back to front.
+    things: tuple[Thing, ...]
     seed: int
 
 
+class Mention(NamedTuple):
+    """A word of a sentence that names things of its scene."""
+
+    # The word is text[start:end].
+    start: int
+    end: int
+    # Indices into Scene.things.
+    things: tuple[int, ...]
+
+
 class Line(NamedTuple):
-    """A sentence and what its words name: `mentions` holds (start, end, things) with character offsets."""
+    """A sentence and what its words name."""
 
     text: str
-    mentions: list[tuple[int, int, tuple[int, ...]]]
+    mentions: list[Mention]
 
 
 # ------------------------------------------------------------------------------------------------------- drawing
@@ -84,7 +97,8 @@ def outline(thing: Thing, side: int) -> np.ndarray:
             return np.abs(radius - 0.72 * r) - 0.24 * r
         case "crescent":
             return np.maximum(radius - r, 0.8 * r - np.hypot(x - 0.5 * r, y))
-        case "star":  # the spikes are straight lines between an outer and an inner radius in each tenth of the turn
+        case "star":
+            # In each tenth of the turn a straight line leads from the outer to the inner radius.
             turn = np.abs((np.arctan2(x, -y) / (2 * np.pi) * 5 + 0.5) % 1 - 0.5) * 2 * np.pi / 5
             px, py = radius * np.cos(turn), radius * np.sin(turn)
             ex, ey = 0.42 * r * np.cos(np.pi / 5) - r, 0.42 * r * np.sin(np.pi / 5)
@@ -107,7 +121,8 @@ def render(scene: Scene, side: int) -> Image.Image:
     rng = np.random.default_rng([scene.seed, 1])
     at = (np.arange(side) + 0.5) / side
     canvas = np.broadcast_to(rng.uniform(0.3, 0.6) + rng.uniform(-0.08, 0.08, 3), (side, side, 3)).copy()
-    for _ in range(4):  # a few plane waves; light, and the same at any size
+    # The background's texture: a few faint plane waves, the same at any size of the picture.
+    for _ in range(4):
         (fx, fy), phase, tint = rng.uniform(-6, 6, 2), rng.uniform(0, 6.28), rng.uniform(-0.025, 0.025, 3)
         canvas += np.sin(6.28 * (fx * at[None, :] + fy * at[:, None]) + phase)[..., None] * tint
     for thing in scene.things:
@@ -124,7 +139,7 @@ def line(marked: str) -> Line:
     text, mentions = "", []
     for plain, word, things in re.findall(r"([^\[]+)|\[([^|]*)\|(\d*)\]", marked):
         if word:
-            mentions.append((len(text), len(text) + len(word), tuple(map(int, things))))
+            mentions.append(Mention(len(text), len(text) + len(word), tuple(map(int, things))))
         text += plain or word
     return Line(text, mentions)
 
@@ -166,12 +181,20 @@ def relation(scene: Scene, rng: np.random.Generator) -> Line:
     return line(f"{noun(scene, i, rng)} {word}{' of' if word in ('left', 'right') else ''} {noun(scene, j, rng)}")
 
 
-def related(scene: Scene, rng: np.random.Generator) -> tuple[int, int, str]:
-    """Two things and what the first is to the second, along the axis on which they lie further apart."""
+class Related(NamedTuple):
+    """Thing `first` lies `word` (left, right, above, below) of thing `second`."""
+
+    first: int
+    second: int
+    word: str
+
+
+def related(scene: Scene, rng: np.random.Generator) -> Related:
+    """Two things at random, and how they lie along the axis on which they are further apart."""
     i, j = (int(k) for k in rng.permutation(len(scene.things))[:2])
     dx, dy = scene.things[i].x - scene.things[j].x, scene.things[i].y - scene.things[j].y
     word = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
-    return i, j, word
+    return Related(i, j, word)
 
 
 def ask_color(scene: Scene, rng: np.random.Generator) -> tuple[Line, Line]:

@@ -1,8 +1,11 @@
 """Readers, on folders laid out as the data really comes."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from lavender_min import data
@@ -45,6 +48,7 @@ def test_token_file(root):
     assert first[1].image().size == (6, 4) and first[1].image().mode == "RGB"
     every = data.load("flickr30k", root, captions="all")
     assert [e.id for e in every][:3] == ["1.jpg#0", "1.jpg#1", "2.jpg#0"] and len(every) == 6
+    assert [e.picture for e in every][:3] == ["1.jpg", "1.jpg", "2.jpg"]
 
 
 def test_karpathy_file_and_its_splits(root):
@@ -106,6 +110,7 @@ def test_own_folder(tmp_path):
         examples = data.load("folder", root)
         assert [e.id for e in examples] == ["pics/a.png#1", "pics/a.png#3", "mine"]
         assert (examples[1].question, examples[1].answer) == ("Which colour?", "red")
+        assert [e.picture for e in examples] == ["pics/a.png", "pics/a.png", "pics/b.png"]
         assert examples[0].image().size == (6, 4)
         with pytest.raises(BROKEN_PICTURE):
             examples[2].image()
@@ -147,6 +152,27 @@ def test_toy_examples():
     examples = data.load("toy")
     assert isinstance(examples[0], Example) and len(examples) > 100
     assert examples[0].image().mode == "RGB" and examples[0].answer
+
+
+def test_an_example_needs_no_more_than_training_does():
+    example = Example("a", lambda: Image.new("RGB", (1, 1)), "", "A dog.")
+    assert (example.picture, example.kind, example.regions) == ("", "", None)
+
+
+def test_data_that_can_be_measured_says_where_things_are():
+    measured = {name: source.measured_split for name, source in data.SOURCES.items() if source.measured_split}
+    assert measured == {"toy": "heldout"}
+    for name, split in measured.items():
+        assert data.measured_split(name) == split
+        assert all(example.regions is not None for example in data.load(name, split=split))
+    with pytest.raises(ValueError, match="--data folder has no regions: .* data that does: toy"):
+        data.measured_split("folder")
+
+
+def test_registry_imports_nothing_slow():
+    code = "import sys, lavender_min.data; print(*{'torch', 'pyarrow', 'datasets', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 def test_pictures_come_upright_and_whole(tmp_path):

@@ -236,6 +236,7 @@ def test_ocrvqa_as_the_authors_release_it(tmp_path, zipped, folder, capsys):
     assert "1 of 8 entries have no text" in capsys.readouterr().err
     assert [e.id for e in examples] == ["0#0", "0#1", "1#0", "1#1", "2#0", "3#0", "3#1"]
     assert [(e.question, e.answer) for e in examples[:2]] == cover_turns(0)
+    assert [e.picture for e in examples] == ["0", "0", "1", "1", "2", "3", "3"]
     assert shows(examples[0], 0) and shows(examples[1], 0) and is_broken(examples[2]) and shows(examples[-1], 3)
     assert [e.id for e in data.load("ocrvqa30k", tmp_path, captions="first")] == ["0#0", "1#0", "2#0", "3#0"]
 

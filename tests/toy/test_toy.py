@@ -1,5 +1,7 @@
 """The toy world tells the truth about itself, and the models shipped with it are what they are said to be."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,39 @@ def test_splits_share_no_scene_and_pretraining_is_narrower():
         data.load("train")
 
 
+@settings(max_examples=20, deadline=None)
+@given(number=st.integers(0, 511), kind=st.sampled_from(data.KINDS), side=st.sampled_from([16, 33]))
+def test_regions_are_where_the_things_of_a_word_are(number, kind, side):
+    """Every word that names something has one; its mask is what is visible of just the things that fit the word."""
+    example = data.example(f"heldout-{number:05d}-{kind}")
+    scene, visible = data.make(example.id).scene, world.visible_masks(data.make(example.id).scene, side)
+    regions = example.regions(side)
+    for region in regions:
+        word = example.fields[region.field][region.start : region.end]
+        assert region.kind == {**dict.fromkeys(world.SHAPES, "shape"), **dict.fromkeys(world.COLORS, "color"),
+                               **dict.fromkeys(world.SIZES, "size"), "shapes": ""}[word]  # fmt: skip
+        assert region.mask.shape == (side, side) and region.mask.any()
+        if region.kind in ("shape", "color"):
+            (thing,) = (i for i, thing in enumerate(scene.things) if word in thing)
+            assert np.array_equal(region.mask, visible[thing])
+        else:
+            assert not (region.mask & ~visible.any(0)).any()
+    named = [field for field in ("question", "answer") for word in example.fields[field].split()
+             if word.strip(",?") in {part for thing in scene.things for part in thing[:2]}]  # fmt: skip
+    assert len([r for r in regions if r.kind in ("shape", "color")]) == len(named)
+    order = [region.kind for region in regions]
+    assert order == sorted(order, key=["shape", "color", "size", ""].index)
+
+
+def test_examples_of_one_scene_share_a_picture_and_travel_to_other_processes():
+    examples = data.load("heldout", 2)
+    assert [e.picture for e in examples] == ["heldout-00000"] * 6 + ["heldout-00001"] * 6
+    assert [e.kind for e in examples[:6]] == list(data.KINDS)
+    again = pickle.loads(pickle.dumps(examples[7]))
+    assert np.array_equal(np.asarray(again.image()), np.asarray(examples[6].image()))
+    assert [r.mask.sum() for r in again.regions(32)] == [r.mask.sum() for r in examples[7].regions(32)]
+
+
 # ------------------------------------------------------------------------------------------------- the shipped models
 
 
@@ -136,6 +171,7 @@ def test_stable_diffusion_reads_its_text(pipe):
 @pytest.mark.slow
 def test_stable_diffusion_points_at_what_a_word_means():
     """500 held-out scenes: part of the table of lavender_min/toy/README.md."""
-    table, best = localise.table(500, str(models.SD_FOLDER), names=["paper", "noise, t 151"])
+    examples = localise.captions("toy", None, 500)
+    table, best = localise.localisation_table(examples, str(models.SD_FOLDER), ["paper", "noise, t 151"])
     print(table)
     assert best >= 0.85

@@ -1,0 +1,98 @@
+"""The pictures of the report: where the models looked for some words, and the losses of the runs."""
+
+import statistics
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from lavender_min import draw
+from lavender_min.evaluation.names import COLORS, LAVENDER, PLAIN
+from lavender_min.evaluation.report import Run
+from lavender_min.evaluation.sheet import Sheet
+
+
+def choose(sheet: Sheet, count: int = 5) -> list[int]:
+    """Words to show, one a picture from the first on, so that nobody picks them by how they look.
+
+    Every other word is of the first kind ("shape"); between them the other kinds take turns.
+    """
+    first, others = sheet.kind_order[:1], sheet.kind_order[1:]
+    chosen: list[int] = []
+    for picture in dict.fromkeys(sheet.pictures):
+        turn, odd = divmod(len(chosen), 2)
+        kinds = [others[turn % len(others)]] if odd and others else first
+        shown = {sheet.texts[i] for i in chosen}
+        here = [i for i, p in enumerate(sheet.pictures) if p == picture and (not kinds or sheet.kinds[i] in kinds)]
+        fresh = [i for i in here if sheet.texts[i] not in shown] or here
+        chosen += fresh[:1]
+        if len(chosen) == count:
+            break
+    return chosen
+
+
+def draw_maps(path: Path, sheet: Sheet, chosen: list[int], maps: dict[str, Float[Tensor, "n g g"]]) -> None:
+    """One row a word: the picture, then each model's map over it. A line surrounds the mask, a ring the largest cell."""
+    columns = 1 + len(maps)
+    figure = Figure(figsize=(1.9 * columns, 2.0 * len(chosen) + 0.35), layout="constrained")
+    axes = figure.subplots(len(chosen), columns, squeeze=False)
+    for number, (row, i) in enumerate(zip(axes, chosen, strict=True)):
+        example = sheet.examples[sheet.place[i][0]]
+        picture = example.image()
+        # left, right, bottom, top
+        row[0].imshow(picture, extent=(0, 1, 1, 0))
+        text = "\n".join(textwrap.wrap(f"{example.question} {example.answer}".strip(), 30))
+        row[0].set_xlabel(text, fontsize=6.5, color="#444444")
+        row[0].set_ylabel(sheet.texts[i], fontsize=10, fontweight="bold")
+        for axis, (name, of) in zip(row[1:], maps.items(), strict=True):
+            side = draw.overlay(axis, picture, of[i]).shape[0]
+            centres = (np.arange(side) + 0.5) / side
+            axis.contour(centres, centres, sheet.masks[i].numpy(), [0.5], colors="white", linewidths=0.9)
+            if number == 0:
+                axis.set_title(name, fontsize=9, color=COLORS.get(name, "black"))
+        row[0].set(xticks=[], yticks=[])
+        row[0].spines[:].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_curves(path: Path, runs: list[Run]) -> bool:
+    """The two losses over the steps, a thin line a run and a thick one for their mean. False if no run logged any."""
+    titles = {"loss_vlm": "cross entropy per token", "loss_att": "alignment loss (MSE)"}
+    logged = [name for name in titles if any(name in entry for run in runs for entry in run.history)]
+    if not logged:
+        return False
+    figure = Figure(figsize=(4.6 * len(logged), 3.1), layout="constrained")
+    axes = figure.subplots(1, len(logged), squeeze=False)[0]
+    for axis, name in zip(axes, logged, strict=True):
+        for kind in (PLAIN, LAVENDER):
+            lines = [{int(entry["step"]): entry[name] for entry in run.history if name in entry}
+                     for run in runs if run.name == kind]  # fmt: skip
+            draw_losses(axis, kind, [line for line in lines if line])
+        axis.set_xlabel("step")
+        axis.set_title(titles[name], fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.set_ylim(0, 1.08 * axis.dataLim.ymax)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def draw_losses(axis: Axes, kind: str, lines: list[dict[int, float]]) -> None:
+    """Each run's {step: loss} of one kind of runs, and their mean over the steps that all have."""
+    if not lines:
+        return
+    if len(lines) > 1:
+        for line in lines:
+            axis.plot(list(line), list(line.values()), color=COLORS[kind], lw=0.7, alpha=0.4)
+    steps = sorted(set.intersection(*(set(line) for line in lines)))
+    mean = [statistics.fmean(line[step] for line in lines) for step in steps]
+    # Plain tuning is the broader line and lies below, so that both are seen where they coincide.
+    lw, zorder = (3.2, 2) if kind == PLAIN else (1.6, 3)
+    axis.plot(steps, mean, color=COLORS[kind], lw=lw, zorder=zorder, label=kind)

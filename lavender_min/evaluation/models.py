@@ -1,0 +1,187 @@
+"""The models that are measured: loaded, their maps read, their answers generated.
+
+Maps are read while the true answer stands as text (teacher forcing), so all models speak of the same words. Answers are
+generated freely.
+
+This is the only file of this folder that calls a model; the others take what it returns.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor
+from tqdm import tqdm
+
+from lavender_min.data import Example
+from lavender_min.evaluation.sheet import Sheet
+from lavender_min.hosts import base as hosts
+from lavender_min.maps import StoredMaps
+from lavender_min.tuning import runs
+from lavender_min.tuning.collator import Collator, chat
+from lavender_min.tuning.export import base_of
+from lavender_min.tuning.model import Lavender
+
+Collate = Callable[[list[tuple[Example, StoredMaps | None]]], dict[str, Any]]
+
+
+class Loaded(NamedTuple):
+    """A model, and what is needed to hand it texts and pictures."""
+
+    model: Lavender
+    processor: Any
+    family: ModuleType
+    # Which rows of the text speak for a word: "predicting" or "reading" (see `tuning.collator`).
+    attend: str
+
+
+def load(flags: runs.ModelFlags, dtype: torch.dtype, trained: str | None = None) -> Loaded:
+    """The host that `flags` name, as it is; or as the run in the folder `trained` has tuned it."""
+    if trained is not None:
+        model, processor, family = runs.build(flags, dtype, trained=trained)
+        return Loaded(model, processor, family, flags.attend)
+    vlm, processor, family = hosts.load(flags.vlm, quantize=flags.mode == "qlora", dtype=dtype)
+    return Loaded(Lavender(vlm), processor, family, flags.attend)
+
+
+def load_adapter(vlm: str | None, adapter: str | None, dtype: torch.dtype) -> Loaded:
+    """A host as it is, or with an adapter: the folder of a run of train.py, or of a PEFT adapter alone.
+
+    An adapter's folder names the host it was tuned on. `vlm`, if given, is where that host lies now.
+    """
+    if adapter and (Path(adapter) / runs.FLAGS_FILE).exists():
+        flags = runs.recall(adapter)
+        return load(dataclasses.replace(flags, vlm=vlm or flags.vlm), dtype, adapter)
+    tuned_on = base_of(Path(adapter)) if adapter else None
+    model, processor, family = hosts.load(str(vlm or tuned_on), dtype=dtype)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    return Loaded(Lavender(model), processor, family, "predicting")
+
+
+def collator(loaded: Loaded, frame: str) -> Collator:
+    """Makes batches whose words are those of the answers."""
+    return Collator(loaded.processor, loaded.model.host.config, loaded.family, frame, "answer", loaded.attend)
+
+
+def half_of_gpu() -> torch.dtype:
+    """As in train.py: bf16 on a GPU that has it, fp16 on one that has not, float32 without a GPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+# ------------------------------------------------------------------------------------------------------------ maps
+
+
+@torch.no_grad()
+def maps_of_batch(model: Lavender, batch: dict[str, Any]) -> dict[str, Float[Tensor, "b w g g"]]:
+    """The maps of a collated batch, on the CPU: "own", and "aligned" if the model has an Aligner (`Lavender.read`)."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "targets", "word_tokens")}
+    with autocast(model):
+        found = model.read(**to_device(inputs, model.host.device))
+    return {name: maps.float().cpu() for name, maps in found.items()}
+
+
+def words_of_batch(batch: dict[str, Any]) -> list[int]:
+    """How many words each text of a collated batch has."""
+    return (batch["word_rows"] >= 0).any(-1).sum(1).tolist()
+
+
+def read_maps(
+    model: Lavender, collate: Collate, sheet: Sheet, batch_size: int, what: str = "maps"
+) -> dict[str, Float[Tensor, "n g g"]]:
+    """The model's maps of every word of the sheet, by name as in `maps_of_batch`. `what` labels the progress bar."""
+    model.eval()
+    words_of: dict[int, list[int]] = {}
+    for e, w in sheet.place:
+        words_of.setdefault(e, []).append(w)
+    found: dict[str, list[Tensor]] = {}
+    for chosen in batches(list(words_of), batch_size, what):
+        batch = collate([(sheet.examples[e], sheet.stored[e]) for e in chosen])
+        if words_of_batch(batch) != [sum(w.field == "answer" for w in sheet.stored[e].words) for e in chosen]:
+            raise ValueError("the tokenizer lost a word of an answer, so words and maps cannot be matched")
+        which = [(b, w) for b, e in enumerate(chosen) for w in words_of[e]]
+        b, w = torch.tensor(which).T
+        for name, maps in maps_of_batch(model, batch).items():
+            found.setdefault(name, []).append(maps[b, w])
+    whole = {name: torch.cat(maps) for name, maps in found.items()}
+    if not all(maps.isfinite().all() for maps in whole.values()):
+        raise ValueError(f"{what} hold values that are not numbers: did this model's training diverge?")
+    return whole
+
+
+# --------------------------------------------------------------------------------------------------------- answers
+
+
+@torch.no_grad()
+def answer(
+    model: Lavender,
+    processor: Any,
+    examples: list[Example],
+    batch_size: int,
+    what: str = "answers",
+    longest: int | None = None,
+) -> list[str]:
+    """The model's greedy answer to each example's question, from the chat prompt it was tuned with.
+
+    An answer is cut after `longest` tokens. The default is 8 more than the longest true answer has: an answer that is
+    longer than that is wrong already.
+    """
+    model.eval()
+    tokenizer = processor.tokenizer
+    if longest is None:
+        true = [tokenizer(example.answer, add_special_tokens=False)["input_ids"] for example in examples]
+        longest = 8 + max(map(len, true), default=0)
+    replies: list[str] = []
+    for some in batches(examples, batch_size, what):
+        inputs = processor(
+            text=[prompt_of(processor, example) for example in some],
+            images=[[example.image()] for example in some],
+            padding=True,
+            # So all answers begin in one column.
+            padding_side="left",
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        with autocast(model):
+            out = model.vlm.generate(
+                **to_device(dict(inputs), model.host.device),
+                max_new_tokens=longest,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        replies += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return replies
+
+
+def prompt_of(processor: Any, example: Example) -> str:
+    """The conversation as it stands before the answer."""
+    text, answer_start, _ = chat(processor, example)
+    return text[:answer_start]
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+
+
+def batches(items: Sequence, size: int, what: str) -> Iterator[Sequence]:
+    with tqdm(total=len(items), desc=what, unit=" texts", smoothing=0.1) as bar:
+        for i in range(0, len(items), size):
+            yield items[i : i + size]
+            bar.update(len(items[i : i + size]))
+
+
+def autocast(model: Lavender) -> AbstractContextManager:
+    """As the Trainer runs it: what is trained beside a half-precision host is kept in float32."""
+    return torch.autocast(model.host.device.type, model.host.dtype, enabled=model.host.dtype != torch.float32)
+
+
+def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: [x.to(device) for x in v] if isinstance(v, list) else v.to(device) for k, v in inputs.items()}
