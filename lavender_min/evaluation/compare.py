@@ -24,6 +24,7 @@ from lavender_min.evaluation.names import ALIGNED, CHANCE, LAVENDER, PLAIN, SD, 
 from lavender_min.evaluation.sheet import Sheet, first_pictures, make_sheet
 from lavender_min.maps import MapStore
 from lavender_min.tuning import runs
+from lavender_min.tuning.flags import ModelFlags
 
 # The modules behind the other stages' scripts: an installed package has the modules only.
 STAGES = {"extract.py": "lavender_min.teachers.command", "train.py": "lavender_min.tuning.command"}
@@ -45,7 +46,7 @@ def compare(flags: Flags, command: str) -> None:
         commands += made.commands
         finished = recall_all(made.plain, made.lavender)
 
-    base = base_of(finished) or runs.ModelFlags(data.SOURCES[flags.data].vlm)
+    base = base_of(finished) or ModelFlags(data.SOURCES[flags.data].vlm)
     dtype = models.half_of_gpu()
     found = measure_all(base, finished, sheet, store.recipe["frame"], flags.batch_size)
     about = {
@@ -139,7 +140,7 @@ class Finished(NamedTuple):
     """A finished run: as the report shows it, and the flags that build its model."""
 
     report: report.Run
-    flags: runs.ModelFlags
+    flags: ModelFlags
 
 
 def recall(name: str, folder: str) -> Finished:
@@ -163,7 +164,7 @@ def recall_all(plain: list[str], lavender: list[str]) -> list[Finished]:
     return [recall(PLAIN, folder) for folder in plain] + [recall(LAVENDER, folder) for folder in lavender]
 
 
-def base_of(finished: list[Finished]) -> runs.ModelFlags | None:
+def base_of(finished: list[Finished]) -> ModelFlags | None:
     """The flags of the first run, None if there is no run; all runs must have tuned its host in its way."""
     for run in finished:
         first = finished[0]
@@ -190,12 +191,12 @@ class Measured(NamedTuple):
     maps: dict[str, Float[Tensor, "n g g"]]
 
 
-def measure_all(base: runs.ModelFlags, finished: list[Finished], sheet: Sheet, frame: str, batch_size: int) -> Measured:
+def measure_all(base: ModelFlags, finished: list[Finished], sheet: Sheet, frame: str, batch_size: int) -> Measured:
     """An even map, Stable Diffusion, the host that `base` names as it is, and the finished runs."""
     numbers: tables.Models = {CHANCE: [metrics.chance_numbers(sheet)], SD: [metrics.map_numbers(sheet.maps, sheet)]}
     shown = {SD: sheet.maps}
     # (name, label of the progress bar, flags, folder of the weights)
-    subjects: list[tuple[str, str, runs.ModelFlags, str | None]] = [(UNTUNED, UNTUNED, base, None)]
+    subjects: list[tuple[str, str, ModelFlags, str | None]] = [(UNTUNED, UNTUNED, base, None)]
     for run in finished:
         label = f"{run.report.name} {Path(run.report.folder).name}"
         subjects.append((run.report.name, label, run.flags, run.report.folder))

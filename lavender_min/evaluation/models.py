@@ -9,23 +9,25 @@ This is the only file of this folder that calls a model; the others take what it
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from lavender_min.data import Example
 from lavender_min.evaluation.sheet import Sheet
-from lavender_min.hosts import base as hosts
+from lavender_min.hosts.load import load as load_host
 from lavender_min.maps import StoredMaps
 from lavender_min.tuning import runs
 from lavender_min.tuning.collator import Collator, chat
 from lavender_min.tuning.export import base_of
+from lavender_min.tuning.flags import ModelFlags
 from lavender_min.tuning.model import Lavender
 
 Collate = Callable[[list[tuple[Example, StoredMaps | None]]], dict[str, Any]]
@@ -36,18 +38,16 @@ class Loaded(NamedTuple):
 
     model: Lavender
     processor: Any
-    family: ModuleType
     # Which rows of the text speak for a word: "predicting" or "reading" (see `tuning.collator`).
     attend: str
 
 
-def load(flags: runs.ModelFlags, dtype: torch.dtype, trained: str | None = None) -> Loaded:
+def load(flags: ModelFlags, dtype: torch.dtype, trained: str | None = None) -> Loaded:
     """The host that `flags` name, as it is; or as the run in the folder `trained` has tuned it."""
     if trained is not None:
-        model, processor, family = runs.build(flags, dtype, trained=trained)
-        return Loaded(model, processor, family, flags.attend)
-    vlm, processor, family = hosts.load(flags.vlm, quantize=flags.mode == "qlora", dtype=dtype)
-    return Loaded(Lavender(vlm), processor, family, flags.attend)
+        return Loaded(*runs.build(flags, dtype, trained=trained), flags.attend)
+    host, processor, family = load_host(flags.vlm, quantize=flags.mode == "qlora", dtype=dtype)
+    return Loaded(Lavender(host, family), processor, flags.attend)
 
 
 def load_adapter(vlm: str | None, adapter: str | None, dtype: torch.dtype) -> Loaded:
@@ -59,15 +59,16 @@ def load_adapter(vlm: str | None, adapter: str | None, dtype: torch.dtype) -> Lo
         flags = runs.recall(adapter)
         return load(dataclasses.replace(flags, vlm=vlm or flags.vlm), dtype, adapter)
     tuned_on = base_of(Path(adapter)) if adapter else None
-    model, processor, family = hosts.load(str(vlm or tuned_on), dtype=dtype)
+    host, processor, family = load_host(str(vlm or tuned_on), dtype=dtype)
     if adapter:
-        model = PeftModel.from_pretrained(model, adapter)
-    return Loaded(Lavender(model), processor, family, "predicting")
+        host = PeftModel.from_pretrained(host, adapter)
+    return Loaded(Lavender(host, family), processor, "predicting")
 
 
 def collator(loaded: Loaded, frame: str) -> Collator:
     """Makes batches whose words are those of the answers."""
-    return Collator(loaded.processor, loaded.model.host.config, loaded.family, frame, "answer", loaded.attend)
+    model = loaded.model
+    return Collator(loaded.processor, model.family, model.base.config, frame, "answer", loaded.attend)
 
 
 def half_of_gpu() -> torch.dtype:
@@ -81,17 +82,20 @@ def half_of_gpu() -> torch.dtype:
 
 
 @torch.no_grad()
-def maps_of_batch(model: Lavender, batch: dict[str, Any]) -> dict[str, Float[Tensor, "b w g g"]]:
+def maps_of_batch(model: Lavender, batch: dict[str, Any]) -> dict[str, Float[Tensor, "m g g"]]:
     """The maps of a collated batch, on the CPU: "own", and "aligned" if the model has an Aligner (`Lavender.read`)."""
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "targets", "word_tokens")}
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
     with autocast(model):
-        found = model.read(**to_device(inputs, model.host.device))
+        found = model.read(**to_device(inputs, model.base.device))
     return {name: maps.float().cpu() for name, maps in found.items()}
 
 
 def words_of_batch(batch: dict[str, Any]) -> list[int]:
     """How many words each text of a collated batch has."""
-    return (batch["word_rows"] >= 0).any(-1).sum(1).tolist()
+    words, b = batch["words"], len(batch["input_ids"])
+    last_rows = words["lengths"].cumsum(0) - 1
+    spoken = last_rows[words["tokens"][last_rows] >= 0]
+    return torch.bincount(words["texts"][spoken], minlength=b).tolist()
 
 
 def read_maps(
@@ -105,12 +109,13 @@ def read_maps(
     found: dict[str, list[Tensor]] = {}
     for chosen in batches(list(words_of), batch_size, what):
         batch = collate([(sheet.examples[e], sheet.stored[e]) for e in chosen])
-        if words_of_batch(batch) != [sum(w.field == "answer" for w in sheet.stored[e].words) for e in chosen]:
+        counts = words_of_batch(batch)
+        if counts != [sum(w.field == "answer" for w in sheet.stored[e].words) for e in chosen]:
             raise ValueError("the tokenizer lost a word of an answer, so words and maps cannot be matched")
-        which = [(b, w) for b, e in enumerate(chosen) for w in words_of[e]]
-        b, w = torch.tensor(which).T
+        first = [0, *accumulate(counts)]
+        which = [first[b] + w for b, e in enumerate(chosen) for w in words_of[e]]
         for name, maps in maps_of_batch(model, batch).items():
-            found.setdefault(name, []).append(maps[b, w])
+            found.setdefault(name, []).append(maps[which])
     whole = {name: torch.cat(maps) for name, maps in found.items()}
     if not all(maps.isfinite().all() for maps in whole.values()):
         raise ValueError(f"{what} hold values that are not numbers: did this model's training diverge?")
@@ -141,18 +146,12 @@ def answer(
         longest = 8 + max(map(len, true), default=0)
     replies: list[str] = []
     for some in batches(examples, batch_size, what):
-        inputs = processor(
-            text=[prompt_of(processor, example) for example in some],
-            images=[[example.image()] for example in some],
-            padding=True,
-            # So all answers begin in one column.
-            padding_side="left",
-            add_special_tokens=False,
-            return_tensors="pt",
-        )
+        prompts, pictures = [prompt_of(processor, example) for example in some], [example.image() for example in some]
+        # Padded on the left, so that all answers begin in one column.
+        inputs = model.family.encode(processor, prompts, pictures, padding_side="left").inputs
         with autocast(model):
-            out = model.vlm.generate(
-                **to_device(dict(inputs), model.host.device),
+            out = model.host.generate(
+                **to_device(inputs, model.base.device),
                 max_new_tokens=longest,
                 do_sample=False,
                 use_cache=True,
@@ -164,8 +163,8 @@ def answer(
 
 def prompt_of(processor: Any, example: Example) -> str:
     """The conversation as it stands before the answer."""
-    text, answer_start, _ = chat(processor, example)
-    return text[:answer_start]
+    said = chat(processor, example)
+    return said.text[: said.answer_start]
 
 
 # --------------------------------------------------------------------------------------------------------- batches
@@ -180,8 +179,8 @@ def batches(items: Sequence, size: int, what: str) -> Iterator[Sequence]:
 
 def autocast(model: Lavender) -> AbstractContextManager:
     """As the Trainer runs it: what is trained beside a half-precision host is kept in float32."""
-    return torch.autocast(model.host.device.type, model.host.dtype, enabled=model.host.dtype != torch.float32)
+    return torch.autocast(model.base.device.type, model.base.dtype, enabled=model.base.dtype != torch.float32)
 
 
 def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: [x.to(device) for x in v] if isinstance(v, list) else v.to(device) for k, v in inputs.items()}
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)

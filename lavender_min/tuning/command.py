@@ -38,7 +38,7 @@ def train(argv: list[str]) -> int:
         examples = []
     else:
         examples = data.load(flags.data, flags.data_root, flags.split, flags.captions)[: flags.limit]
-        if not flags.plain and not Path(str(flags.maps)).exists():
+        if not flags.plain and not Path(flags.maps).exists():
             raise FileNotFoundError(
                 f"no maps in {flags.maps}; make them first: python extract.py --data {flags.data} --maps {flags.maps}"
             )

@@ -24,7 +24,7 @@ def base_of(folder: Path) -> str:
     """The host an adapter was tuned on; the folder itself where every weight was tuned."""
     if (folder / runs.FLAGS_FILE).exists():
         flags = runs.recall(folder)
-        return str(folder) if flags.mode == "full" else str(flags.vlm)
+        return str(folder) if flags.mode == "full" else flags.vlm
     if not (folder / ADAPTER_FILE).exists():
         raise FileNotFoundError(
             f"{folder} holds no {ADAPTER_FILE}: give the --output_dir of a finished run of train.py, or a PEFT adapter"

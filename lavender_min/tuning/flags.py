@@ -16,7 +16,7 @@ ATTEND = ("predicting", "reading")
 
 @dataclass
 class ModelFlags:
-    vlm: str | None = flag(None, "hub id or folder of the host (default: what goes with the data)")
+    vlm: str = flag("", "hub id or folder of the host (default: what goes with the data)")
     mode: str = flag("lora", "what of the host trains; --qlora, --lora and --full are short for it", MODES)
     lora_r: int = flag(8, "rank of the adapters")
     lora_alpha: int = flag(32, "their scale, times their rank")
@@ -44,7 +44,7 @@ class Flags(ModelFlags):
     data_root: str | None = flag(None, "their folder or hub id (default: data/<data>)")
     split: str | None = flag(None, "a part of them")
     captions: str | None = flag(None, "first or all, as the maps were made")
-    maps: str | None = flag(None, "the store that extract.py made (default: maps/<data>)")
+    maps: str = flag("", "the store that extract.py made (default: maps/<data>)")
     limit: int | None = flag(None, "take only the first N examples")
     qlora: bool = flag(False, "4-bit host (NF4, double quantisation) with LoRA adapters")
     lora: bool = flag(False, "LoRA adapters; what is done when nothing else is asked")

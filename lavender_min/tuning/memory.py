@@ -173,7 +173,7 @@ def pretend(text: torch.Size, rows: int, half: torch.dtype | None) -> Iterator[N
 
 def empty_host(flags: ModelFlags, dtype: torch.dtype) -> Host:
     """The hooked host on `meta`, from a folder's config.json or one that its family knows by heart."""
-    name = str(flags.vlm)
+    name = flags.vlm
     families = [family_of(name, model_type) for model_type in FAMILIES]
     if Path(name).is_dir():
         config = AutoConfig.from_pretrained(name)

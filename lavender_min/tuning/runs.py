@@ -34,7 +34,7 @@ def build(
 
     `loaded` stands in for a host that does not come from a folder.
     """
-    name = str(trained) if trained and flags.mode == "full" else str(flags.vlm)
+    name = str(trained) if trained and flags.mode == "full" else flags.vlm
     host, processor, family = loaded or load(name, quantize=flags.mode == "qlora", dtype=dtype)
     attentions = family.layers(host)
     host.requires_grad_(flags.mode == "full")

@@ -20,7 +20,7 @@ from lavender_min.tuning.vision_cache import cache_vision
 
 def run(flags: Flags, args: Training, examples: list[Example]) -> int:
     """Trains, or goes on training; the exit code."""
-    store = None if flags.plain else MapStore(str(flags.maps))
+    store = None if flags.plain else MapStore(flags.maps)
     dataset = MappedExamples(examples, store)
     if dataset.missing:
         print(f"{dataset.missing} of {len(examples)} examples have no maps and are left out", file=sys.stderr)

@@ -66,10 +66,13 @@ def test_a_long_word_costs_its_own_rows_only(capsys):
     larger = peaks[long] / peaks[short]
     with capsys.disabled():
         for name in batches:
-            print(f"\n{name}: {rows[name]} rows, {statistics.median(times[name]):.0f} ms, {peaks[name]:.0f} MiB", end="")
+            print(
+                f"\n{name}: {rows[name]} rows, {statistics.median(times[name]):.0f} ms, {peaks[name]:.0f} MiB", end=""
+            )
         print(f"\none long word: {faster:.2f}x time, {larger:.2f}x memory")
     found = [
-        Row("one long word", f"rows {rows[name]}", name, 0, statistics.median(times[name]), 0, peaks[name], 0, 0) for name in batches
+        Row("one long word", f"rows {rows[name]}", name, 0, statistics.median(times[name]), 0, peaks[name], 0, 0)
+        for name in batches
     ]
     write(found)
     assert faster <= 1.3 and larger <= 1.3

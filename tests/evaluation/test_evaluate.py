@@ -16,7 +16,7 @@ from lavender_min.evaluation import compare, models
 from lavender_min.evaluation.models import Loaded
 from lavender_min.evaluation.sheet import make_sheet
 from lavender_min.geometry import minmax
-from lavender_min.hosts import base as hosts
+from lavender_min.hosts import load as hosts
 from lavender_min.maps import MapStore
 from lavender_min.toy import data as toy
 from lavender_min.tuning import collator
@@ -214,33 +214,29 @@ def test_maps_are_those_of_the_words(world, host, tmp_path):
     examples = toy.load("heldout", 2)
     store_of(tmp_path, examples)
     sheet = make_sheet(examples, MapStore(tmp_path))
-    collating = collator.Collator(processor, vlm.config, family)
+    collating = collator.Collator(processor, family, vlm.config)
 
     class Echo(Lavender):
-        def read(self, word_rows, echo, **inputs):
-            assert {"layout", "input_ids", "pixel_values"} <= set(inputs) and not {"labels", "targets"} & set(inputs)
-            return {"own": echo}
+        def read(self, words, **inputs):
+            assert {"input_ids", "pixel_values"} <= set(inputs) and "labels" not in inputs
+            return {"own": words["targets"]}
 
-    def collate(rows):
-        batch = collating(rows)
-        return batch | {"echo": batch["targets"]}
-
-    maps = models.read_maps(Echo(vlm), collate, sheet, 5)
+    maps = models.read_maps(Echo(vlm, family), collating, sheet, 5)
     torch.testing.assert_close(maps["own"], minmax(sheet.maps), rtol=0, atol=0)
 
     def lossy(rows):
         batch = collating(rows)
-        batch["word_rows"][0, 0] = -1
+        batch["words"]["tokens"][batch["words"]["lengths"][0] - 1] = -1
         return batch
 
     with pytest.raises(ValueError, match="lost a word"):
-        models.read_maps(Echo(vlm), lossy, sheet, 5)
+        models.read_maps(Echo(vlm, family), lossy, sheet, 5)
 
 
 def test_answers_are_the_greedy_ones(host):
     """In a padded batch as in a plain argmax loop, one example at a time, without a cache."""
-    vlm, processor, _ = host
-    model = Lavender(vlm).eval()
+    vlm, processor, family = host
+    model = Lavender(vlm, family).eval()
     examples = [e for e in toy.load("heldout", 1) if e.question][:3]
     replies = models.answer(model, processor, examples, 2)
     longest = max(len(processor.tokenizer(e.answer, add_special_tokens=False)["input_ids"]) for e in examples)
@@ -265,11 +261,11 @@ def test_a_model_of_broken_weights_is_an_error(host, tmp_path):
     sheet = make_sheet(examples, MapStore(tmp_path))
 
     class Broken(Lavender):
-        def read(self, word_rows, **inputs):
-            return {"own": torch.full((*word_rows.shape[:2], 32, 32), torch.nan)}
+        def read(self, words, **inputs):
+            return {"own": torch.full_like(words["targets"], torch.nan)}
 
     with pytest.raises(ValueError, match="not numbers"):
-        models.read_maps(Broken(vlm), collator.Collator(processor, vlm.config, family), sheet, 8)
+        models.read_maps(Broken(vlm, family), collator.Collator(processor, family, vlm.config), sheet, 8)
 
 
 def test_a_4_bit_host_is_read_and_asked_outside_training(vlm_folder, tmp_path):
@@ -278,6 +274,6 @@ def test_a_4_bit_host_is_read_and_asked_outside_training(vlm_folder, tmp_path):
     examples = toy.load("heldout", 1)
     store_of(tmp_path, examples)
     sheet = make_sheet(examples, MapStore(tmp_path))
-    loaded = Loaded(Lavender(vlm), processor, family, "predicting")
+    loaded = Loaded(Lavender(vlm, family), processor, "predicting")
     numbers, maps = compare.measure(loaded, sheet, "whole", 8, "4 bits")
     assert maps["own"].shape == sheet.maps.shape and "answers.all" in numbers["own"]

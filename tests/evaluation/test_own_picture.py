@@ -7,10 +7,11 @@ from safetensors.torch import save_file
 
 from lavender_min.evaluation import command, models, own_picture
 from lavender_min.evaluation.models import Loaded
-from lavender_min.hosts import base as hosts
+from lavender_min.hosts import load as hosts
 from lavender_min.toy import data as toy
 from lavender_min.toy import models as toy_models
 from lavender_min.tuning import runs
+from lavender_min.tuning.flags import ModelFlags
 from lavender_min.tuning.model import Lavender
 
 VLM = str(toy_models.VLM_FOLDER)
@@ -26,17 +27,17 @@ def mine(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """Folders of a Lavender run, as train.py leaves it, and of its adapter alone; and the run's model."""
-    flags = runs.ModelFlags(VLM, attend="reading")
+    flags = ModelFlags(VLM, attend="reading")
     torch.manual_seed(0)
     model, *_ = runs.build(flags)
     # Adapters start as zero. These change the answer.
     with torch.no_grad():
-        for name, parameter in model.vlm.named_parameters():
+        for name, parameter in model.host.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.2)
     run, alone = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("alone")
     for folder in (run, alone):
-        model.vlm.save_pretrained(folder)
+        model.host.save_pretrained(folder)
     runs.remember(flags, run)
     save_file(model.align.state_dict(), run / runs.ALIGN_FILE)
     return run, alone, model.eval()
@@ -47,7 +48,7 @@ def test_maps_of_an_answer_are_those_of_its_teacher_forced_rows(mine, monkeypatc
     monkeypatch.setattr(own_picture, "LONGEST", 20)
     vlm, processor, family = hosts.load(VLM)
     image = command.open_picture(mine)
-    loaded = Loaded(Lavender(vlm).eval(), processor, family, "reading")
+    loaded = Loaded(Lavender(vlm, family).eval(), processor, "reading")
     reply, words, maps = own_picture.answer(loaded, image, "what is it")
     assert words and maps.keys() == {"own"} and maps["own"].shape == (len(words), 32, 32)
     assert [word.text for word in words] == [reply[word.start : word.end] for word in words]
@@ -65,7 +66,7 @@ def test_maps_of_an_answer_are_those_of_its_teacher_forced_rows(mine, monkeypatc
     with torch.no_grad():
         found = vlm(**batch, output_attentions=True, use_cache=False).attentions
     attention = torch.stack([found[i][0].mean(0) for i in layers]).mean(0)  # [t, p]
-    layout = family.layout(*image.size, processor, vlm.config, (0.0, 1.0, 0.0, 1.0))
+    [layout] = family.views(image.size, processor, vlm.config, torch.zeros(0, dtype=torch.long), (0.0, 1.0, 0.0, 1.0))
     index = layout.index[0].long()
     begin = text.rindex(reply)
     for word, found_map in zip(words, maps["own"], strict=True):
