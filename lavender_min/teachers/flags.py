@@ -88,6 +88,6 @@ def layer_weights(text: str) -> dict[int, float]:
         weights = {int(side): float(weight) for side, weight in (part.split(":") for part in text.split(","))}
     except ValueError:
         weights = {}
-    if not weights or not (min(weights.values()) >= 0 and 0 < max(weights.values()) < float("inf")):
+    if not any(weights.values()) or not all(0 <= weight < float("inf") for weight in weights.values()):
         raise ValueError(f"--resolutions must be side:weight pairs, such as 16:1,8:0.5; got {text!r}")
     return weights
