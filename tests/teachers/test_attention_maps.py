@@ -44,7 +44,8 @@ def test_recording_changes_nothing_and_equals_an_explicit_softmax(tiny_sd):
     assert torch.equal(recipes.predict(tiny_sd, latents, t, text), plain)
     expected = torch.einsum("rlyx,rlw->rwyx", layers.mean(0), weights)
     torch.testing.assert_close(mean_over_layers(recorder), expected, atol=1e-6, rtol=1e-5)
-    assert expected.std() > 1e-3  # the maps are not flat, so this says something
+    # The maps are not flat, so this says something.
+    assert expected.std() > 1e-3
 
 
 @torch.no_grad()
@@ -62,7 +63,8 @@ def test_resolution_weights_and_several_passes(tiny_sd):
     latents, t, text, weights = some_pass(tiny_sd)
     first, _ = explicit_maps(tiny_sd.unet, latents, t, text)
     second, _ = explicit_maps(tiny_sd.unet, latents + 1, t, text)
-    sides = [8, 4, 4, 4, 4, 8, 8]  # down, down, middle, up (two layers each), as they are called
+    # Down, down, middle, up (two layers each), as they are called.
+    sides = [8, 4, 4, 4, 4, 8, 8]
     assert len(first) == len(sides) and tiny_sd.map_sides == [8, 4]
     for resolutions in (None, {8: 1.0}, {4: 1.0, 8: 0.0}, {8: 1.0, 4: 0.25}):
         recorder = Recorder(weights, [side for side, weight in (resolutions or {8: 1, 4: 1}).items() if weight])
@@ -108,7 +110,8 @@ def test_windows_lose_no_word_and_cut_between_words(tiny_sd):
         for index, positions in window.words.items():
             text = tiny_sd.tokenizer.decode([window.ids[p] for p in positions]).replace(" ", "")
             assert text == words[index].text.lower()
-    assert sorted(i for window in cut for i in window.words) == list(range(len(words)))  # each word whole, and once
+    # Each word whole, and once.
+    assert sorted(i for window in cut for i in window.words) == list(range(len(words)))
 
 
 def test_a_word_longer_than_a_window_and_no_text_at_all(tiny_sd):
@@ -143,13 +146,15 @@ def test_content_norm_shares_every_pixel_among_the_tokens_of_the_words(tiny_sd, 
     plain, shared = (
         attention_maps.word_maps(tiny_sd, pixels, TEXTS, IDS, NOISE._replace(content_norm=on)) for on in (False, True)
     )
-    tokens = [[1] * 7, [2, 1, 9, 1, 1, 1, 1, 9, 3], [1]]  # "turquoise" falls to letters
+    # "turquoise" falls to letters.
+    tokens = [[1] * 7, [2, 1, 9, 1, 1, 1, 1, 9, 3], [1]]
     for was, now, n in zip(plain, shared, tokens, strict=True):
         assert [word.text for word in was.words] == [word.text for word in now.words] and len(n) == len(now.words)
         there = einsum(was.maps, torch.tensor(n).float(), "w y x, w -> y x")
         torch.testing.assert_close(now.maps * there, was.maps)
         assert was.sos == now.sos
-    assert (shared[2].maps == 1).all()  # a single word gets it all
+    # A single word gets it all.
+    assert (shared[2].maps == 1).all()
     assert (shared[0].maps.sum(0) - 1).abs().max() < 1e-5
 
 
@@ -206,7 +211,8 @@ def test_a_compiled_unet_is_one_graph_and_gives_the_same_maps(tmp_path, tiny_sd,
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     sd.unet.compile(backend="eager")
-    for ids in (["one"], ["another"]):  # another noise
+    # The second id has another noise.
+    for ids in (["one"], ["another"]):
         (found,) = attention_maps.word_maps(sd, pixels[:1], TEXTS[:1], ids, NOISE)
         (expected,) = attention_maps.word_maps(tiny_sd, pixels[:1], TEXTS[:1], ids, NOISE)
         torch.testing.assert_close(found.maps, expected.maps, atol=2e-5, rtol=1e-3)
@@ -233,12 +239,14 @@ def test_the_batch_that_fits():
 
 def test_frames():
     wide = np.zeros((10, 30, 3), np.uint8)
-    wide[:, 10:20] = 255  # the middle third is white
+    # The middle third is white.
+    wide[:, 10:20] = 255
     image = Image.fromarray(wide)
     whole = attention_maps.frame_image(image, 30)
     assert whole.shape == (3, 30, 30) and whole.dtype == torch.float32
     assert whole[:, :, 12:18].min() == 1 and whole[:, :, :8].max() == -1
-    assert attention_maps.frame_image(image, 16, "crop").min() == 1  # only the white square is left
+    # Only the white square is left.
+    assert attention_maps.frame_image(image, 16, "crop").min() == 1
     assert attention_maps.frame_image(image.convert("L"), 8).shape == (3, 8, 8)
 
 
@@ -251,13 +259,15 @@ def test_missing_models_are_one_clear_line(tmp_path, monkeypatch):
         stable_diffusion.load(str(tmp_path))
     with pytest.raises(OSError, match=r"cannot load Stable Diffusion nobody/no-such-model: .*--data toy") as error:
         stable_diffusion.load("nobody/no-such-model")
-    assert "offline mode" in str(error.value)  # and why
+    # It says why, too.
+    assert "offline mode" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_no_network_is_found_out_at_once(monkeypatch):
     def unreachable(self, name):
-        raise RuntimeError("[Errno -2] Name or service not known")  # as the HTTP library: no OSError
+        # As the HTTP library: no OSError.
+        raise RuntimeError("[Errno -2] Name or service not known")
 
     monkeypatch.setattr(hub.HfApi, "auth_check", unreachable)
     with pytest.raises(

@@ -91,14 +91,17 @@ def test_what_is_stored_and_said(world, tmp_path, capsys):
 
 def test_going_on_gives_the_same_rows(world, unbroken, tmp_path, capsys):
     maps = tmp_path / "maps"
-    for limit in ("9", "10", "41"):  # stops in the middle of a batch, and of a shard
+    # Stops in the middle of a batch, and of a shard.
+    for limit in ("9", "10", "41"):
         assert main(command(world, maps, "--batch_size", "4", "--shard_size", "3", "--limit", limit)) == 0
     found = rows(maps)
     assert found.keys() == unbroken.keys()
-    for id, row in found.items():  # batches of other sizes round differently, in the last digit of float16
+    # Batches of other sizes round differently, in the last digit of float16.
+    for id, row in found.items():
         torch.testing.assert_close(row.maps, unbroken[id].maps, atol=2e-5, rtol=4e-3)
     capsys.readouterr()
-    assert main(command(world, maps, "--batch_size", "4")) == 0  # nothing left but the broken ones
+    # Nothing left but the broken ones.
+    assert main(command(world, maps, "--batch_size", "4")) == 0
     assert "39 done already" in capsys.readouterr().out
     assert_same(rows(maps), found)
 
@@ -120,6 +123,7 @@ def test_sigkill_in_the_middle(world, unbroken, tmp_path):
     assert_same(rows(maps), unbroken)
 
 
+# One of several processes, as `accelerate launch` would start it, but with no other to wait for.
 AS_ONE_OF = """
 import runpy, sys, types, accelerate, torch
 rank, processes = int(sys.argv[1]), int(sys.argv[2])
@@ -128,7 +132,7 @@ state.is_main_process = state.is_local_main_process = rank == 0
 accelerate.PartialState = lambda cpu: state
 sys.argv[:3] = ["extract.py"]
 runpy.run_path("extract.py", run_name="__main__")
-"""  # one of several processes, as `accelerate launch` would start it, but with no other to wait for
+"""
 
 
 def as_one_of(monkeypatch, rank, processes, arguments):
@@ -168,7 +172,8 @@ def test_a_dead_processs_share_is_taken_up(world, unbroken, tmp_path, monkeypatc
             arguments[arguments.index("--maps") + 1] = str(maps)
             assert as_one_of(monkeypatch, rank, processes, arguments) == 0
         tables = [pq.read_table(shard, columns=["id"]) for shard in maps.glob("maps-*.parquet")]
-        assert sum(map(len, tables)) == 39  # nothing twice
+        # Nothing twice.
+        assert sum(map(len, tables)) == 39
         assert_same(rows(maps), unbroken)
 
 
@@ -182,7 +187,8 @@ def test_auto_goes_on_with_the_batches_the_store_was_begun_with(world, tmp_path,
     assert main(command(world, tmp_path / "whole", "--recipe", "noise", "--batch_size", "5")) == 0
     assert_same(rows(maps), rows(tmp_path / "whole"))
     assert main(command(world, tmp_path / "new", "--limit", "1", "--batch_size", "auto")) == 0
-    assert "8 pictures at once" in capsys.readouterr().out  # where there is no GPU
+    # Where there is no GPU.
+    assert "8 pictures at once" in capsys.readouterr().out
 
 
 def test_the_heaviest_batch_is_one_full_window_a_picture(world, monkeypatch):
@@ -200,7 +206,8 @@ def test_content_norm_and_number_format_are_written_down(world, tmp_path, capsys
     assert "8 pictures at once in bfloat16" in capsys.readouterr().out
     store = MapStore(tmp_path / "maps")
     assert store.recipe["content_norm"] is True and store.recipe["made_with"]["dtype"] == "bfloat16"
-    assert max(float(store[id].maps.max()) for id in store.ids) > 0.2  # a word's share of the words, not of all tokens
+    # A word's share of the words, not of all tokens.
+    assert max(float(store[id].maps.max()) for id in store.ids) > 0.2
     assert "content_norm: True there, False now" in refused(capsys, *base)
 
 
@@ -275,7 +282,8 @@ def test_flickr30k_by_its_defaults_ends_in_one_line(tmp_path):
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("extract.py: no Flickr30k in data/flickr30k: looked for")
-    assert not list(tmp_path.iterdir())  # nothing made, nothing left
+    # Nothing made, nothing left.
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,16 @@ def test_word_maps_are_the_mean_of_the_words_tokens(tiny_sd, pixels):
     )
     tokens = layers.mean(0)[0]  # [t, g, g]
     assert [word.text for word in found.words] == TEXTS[0]["answer"].split()
-    torch.testing.assert_close(found.maps, tokens[1:8], atol=1e-6, rtol=1e-5)  # every word of this text is one token
+    # Every word of this text is one token.
+    torch.testing.assert_close(found.maps, tokens[1:8], atol=1e-6, rtol=1e-5)
     assert found.sos == pytest.approx(tokens[0].mean().item(), rel=1e-5)
     (split,) = attention_maps.word_maps(tiny_sd, pixels[:1], [{"answer": "red zebra"}], ["x"], recipe)
     ids = tokenizer("red zebra", padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
     layers, _ = explicit_maps(
         tiny_sd.unet, kept.sqrt() * latents + (1 - kept).sqrt() * eps, torch.tensor(300), tiny_sd.text_encoder(ids)[0]
     )
-    torch.testing.assert_close(split.maps[1], layers.mean(0)[0, 2:7].mean(0), atol=1e-6, rtol=1e-5)  # z e b r a
+    # Its tokens are z, e, b, r and a.
+    torch.testing.assert_close(split.maps[1], layers.mean(0)[0, 2:7].mean(0), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,8 @@ def test_folded_noise_equals_one_pass_after_another(tiny_sd, pixels):
     folded = attention_maps.word_maps(tiny_sd, pixels[:2], TEXTS[:2], IDS[:2], recipe)
     assert folded[0].maps.shape[0] == 7
 
-    def at(t, place):  # the draw that this time step gets in the folded pass
+    # The draw that this time step gets in the folded pass.
+    def at(t, place):
         latents = tiny_sd.vae.encode(pixels[:1]).latent_dist.mode() * 0.18215
         kept = DDIMScheduler.from_config(tiny_sd.noise_schedule).alphas_cumprod[t]
         eps = recipes.seeded_noise("0 one", (2, 4, 8, 8))[place : place + 1]
@@ -129,7 +132,8 @@ def test_the_prediction_type_of_the_pipeline_is_honoured(tmp_path, tiny_sd, pixe
     velocity = stable_diffusion.load(str(build_tiny_sd(tmp_path, "v_prediction")))
     maps = [attention_maps.word_maps(sd, pixels[:1], TEXTS[:1], IDS[:1])[0].maps for sd in (tiny_sd, velocity)]
     assert velocity.noise_schedule["prediction_type"] == "v_prediction"
-    assert (maps[0] - maps[1]).abs().max() > 1e-5  # same weights, other meaning
+    # Same weights, other meaning.
+    assert (maps[0] - maps[1]).abs().max() > 1e-5
 
 
 def null_text_by_hand(sd, latents, text, null, *, steps, inner_steps, guidance):
@@ -164,7 +168,8 @@ def null_text_by_hand(sd, latents, text, null, *, steps, inner_steps, guidance):
             adam.zero_grad()
             loss.backward()
             adam.step()
-            assert loss.item() > 1e-4  # so these random weights see no early stop, which is tested on its own below
+            # So these random weights see no early stop, which is tested on its own below.
+            assert loss.item() > 1e-4
         with torch.no_grad():
             eps = noise_of(now, t, null)
             now = move(now, eps + guidance * (conditional - eps), t, t - 1000 // steps)
@@ -187,9 +192,11 @@ def test_null_text_equals_the_authors_steps_taken_one_picture_at_a_time(tiny_sd,
         )
         latents = sd.vae.encode(pixels[i : i + 1]).latent_dist.mode() * 0.18215
         maps = null_text_by_hand(sd, latents, sd.text_encoder(said)[0], sd.text_encoder(empty)[0], **settings)
-        words = len(found[i].words)  # of one token each
+        # Of one token each.
+        words = len(found[i].words)
         torch.testing.assert_close(found[i].maps, maps[1 : 1 + words], atol=2e-5, rtol=1e-3)
-        assert (without[i].maps - found[i].maps).abs().max() > 1e-4  # the inner steps do something
+        # The inner steps do something.
+        assert (without[i].maps - found[i].maps).abs().max() > 1e-4
     assert all(p.grad is None for part in (sd.unet, sd.text_encoder, sd.vae) for p in part.parameters())
 
 
@@ -201,7 +208,8 @@ def test_windows_stop_training_their_empty_text_one_by_one():
     def step(null):
         return rearrange(1.5 * null, "r t e -> r 1 t e")
 
-    goal = step(null) + torch.tensor([1e-4, 0.02, 0.035, 1.0])[:, None, None, None]  # Adam moves by 0.015 a step
+    # Adam moves by 0.015 a step.
+    goal = step(null) + torch.tensor([1e-4, 0.02, 0.035, 1.0])[:, None, None, None]
 
     found, taken = recipes.trained(null, step, goal, 5, lr=0.01, enough=1e-4), []
     for i in range(4):
@@ -229,4 +237,5 @@ def test_the_announced_passes_are_the_passes_made(tiny_sd, pixels, monkeypatch):
         backward = 9 * 5 if name == "null-text" else 0
         folded = 3 if name == "noise" else 1
         assert len(passes) * folded + backward == recipe.passes(recipe.settings), name
-    assert passes == [([51, 151, 301], True)]  # of noise, the last one: all time steps in one pass
+    # Of noise, the last one: all time steps in one pass.
+    assert passes == [([51, 151, 301], True)]
