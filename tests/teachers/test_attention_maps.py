@@ -3,6 +3,7 @@
 import copy
 import time
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_recording_changes_nothing_and_equals_an_explicit_softmax(tiny_sd):
     assert (recorded - plain).abs().max() <= 1e-6 * plain.abs().max()
     assert {name: id(processor) for name, processor in tiny_sd.unet.attn_processors.items()} == before
     assert torch.equal(recipes.predict(tiny_sd, latents, t, text), plain)
-    expected = torch.einsum("rlyx,rlw->rwyx", layers.mean(0), weights)
+    expected = torch.einsum("rtyx,rtw->rwyx", layers.mean(0), weights)
     torch.testing.assert_close(mean_over_layers(recorder), expected, atol=1e-6, rtol=1e-5)
     # The maps are not flat, so this says something.
     assert expected.std() > 1e-3
@@ -74,8 +75,8 @@ def test_resolution_weights_and_several_passes(tiny_sd):
             recipes.predict(tiny_sd, latents + 1, t, text)
         layer_weight = torch.tensor([(resolutions or {8: 1.0, 4: 1.0}).get(side, 0.0) for side in sides])
         layer_weight = layer_weight / layer_weight.sum()
-        layers = torch.einsum("n,nrlyx->rlyx", layer_weight, (first + second) / 2)
-        expected = torch.einsum("rlyx,rlw->rwyx", layers, weights)
+        layers = torch.einsum("n,nrtyx->rtyx", layer_weight, (first + second) / 2)
+        expected = torch.einsum("rtyx,rtw->rwyx", layers, weights)
         means, counts = recorder.means(), recorder.layers
         side_weight = {side: counts[side] * (resolutions or {8: 1, 4: 1})[side] for side in means}
         found = sum(weight / sum(side_weight.values()) * means[side] for side, weight in side_weight.items())
@@ -205,8 +206,10 @@ def test_half_precision_keeps_the_maps(tmp_path, tiny_sd, pixels, recipe):
 
 
 @pytest.mark.slow
-def test_a_compiled_unet_is_one_graph_and_gives_the_same_maps(tmp_path, tiny_sd, pixels):
+def test_a_compiled_unet_is_one_graph_and_gives_the_same_maps(tmp_path, tiny_sd, pixels, monkeypatch):
     """The graph is taken as it would be for a GPU, and run as it is ("eager": no code is generated)."""
+    # What checks the annotations while the tests run cannot be compiled.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     sd = stable_diffusion.load(str(build_tiny_sd(tmp_path)))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
