@@ -7,11 +7,13 @@ for data that is not there, come before torch does.
 """
 
 import sys
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import field
+from dataclasses import MISSING, field
 from typing import Any, NoReturn, TypeVar
 
-from transformers import HfArgumentParser  # on its own it imports no torch
+# On its own it imports no torch.
+from transformers import HfArgumentParser
 
 Flags = TypeVar("Flags")
 
@@ -26,7 +28,16 @@ def flag(default: Any, help: str, choices: Iterable[Any] | None = None, **more: 
 
 def required(help: str, choices: Iterable[Any] | None = None) -> Any:
     """A field that must be given."""
-    return field(metadata={"help": help, **({} if choices is None else {"choices": list(choices)})})
+    return flag(MISSING, help, choices)
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """Prints the description as it is written, and a default where there is one and the help does not name it."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if action.default is None or action.default is False or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(HfArgumentParser):
@@ -38,8 +49,9 @@ class Parser(HfArgumentParser):
 
 def parse(flags: type[Flags], prog: str, about: str | None, argv: Sequence[str] | None = None) -> Flags:
     """The command line as an instance of the dataclass `flags`."""
-    parser = Parser(flags, prog=prog, description=about, allow_abbrev=False)  # type: ignore[arg-type]
-    return parser.parse_args_into_dataclasses(None if argv is None else list(argv))[0]
+    parser = Parser(flags, prog=prog, description=about, formatter_class=HelpFormatter, allow_abbrev=False)  # type: ignore[arg-type]
+    # transformers would also take flags from a file beside the script, extract.args, without a word.
+    return parser.parse_args_into_dataclasses(None if argv is None else list(argv), look_for_args_file=False)[0]
 
 
 def parse_known(flags: type[Flags], prog: str, about: str | None, argv: Sequence[str]) -> tuple[Flags, list[str]]:

@@ -7,17 +7,21 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lavender_min.geometry import resize_map
+from lavender_min.teachers import find_recipe
 
-LENGTH = 20  # tokens a window, 77 in v1.4
+# Tokens of a window; 77 in v1.4.
+LENGTH = 20
 
 TEXTS = [
     {"question": "", "answer": "A red dog runs on the grass"},
-    {"question": "Is the turquoise cat with the dog?", "answer": "turquoise, yes"},  # longer than one window
+    # Longer than one window.
+    {"question": "Is the turquoise cat with the dog?", "answer": "turquoise, yes"},
     {"question": "", "answer": "cat"},
 ]
 IDS = ["one", "two", "three"]
-NOISE = {"timesteps": [40, 500], "draws": 2}
-WHOLE = ["a", "red", "dog", "on", "the", "grass", "runs", "cat", "with"]  # words of one token; others fall to letters
+NOISE = find_recipe("noise", timesteps=[40, 500], draws=2)
+# Words of one token; others fall to letters.
+WHOLE = ["a", "red", "dog", "on", "the", "grass", "runs", "cat", "with"]
 
 
 def build_tiny_sd(folder, prediction_type="epsilon"):
@@ -66,20 +70,20 @@ def sharpen(unet):
             parameter.mul_(4)
 
 
-def explicit_maps(unet, latents, t, text, g=32):
-    """[layers, r, l, g, g]: every cross-attention's softmax, from the inputs of its projections; and the UNet's output."""
+def explicit_maps(unet, latents, timestep, text, g=32):
+    """[layers, r, t, g, g]: every cross-attention's softmax, from the inputs of its projections; and the UNet's output."""
     found, handles = [], []
 
     def hook(attn, args, kwargs):
         query = rearrange(attn.to_q(args[0]), "r q (h d) -> r h q d", h=attn.heads)
-        key = rearrange(attn.to_k(kwargs["encoder_hidden_states"]), "r l (h d) -> r h l d", h=attn.heads)
+        key = rearrange(attn.to_k(kwargs["encoder_hidden_states"]), "r t (h d) -> r h t d", h=attn.heads)
         a = ((query @ key.mT) * query.shape[-1] ** -0.5).softmax(-1).mean(1)
-        found.append(resize_map(rearrange(a, "r (y x) l -> r l y x", y=int(a.shape[1] ** 0.5)), g))
+        found.append(resize_map(rearrange(a, "r (y x) t -> r t y x", y=int(a.shape[1] ** 0.5)), g))
 
     for name, module in unet.named_modules():
         if name.endswith("attn2"):
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    out = unet(latents, t, text).sample
+    out = unet(latents, timestep, text).sample
     for handle in handles:
         handle.remove()
     return torch.stack(found), out

@@ -10,11 +10,11 @@ A row holds id, question, answer, words (text, field, start, end), sos (the shar
 took) and maps (float16, flattened from [w, 32, 32], raw probabilities). The shards are ordinary Parquet:
 `datasets.load_dataset("parquet", data_files="maps/flickr30k/*.parquet")` reads them.
 
-A shard is written aside, flushed to the disk, and only then given its name, so a shard that is there is whole: a run
-killed at any moment loses at most the rows it had not yet written. Its footer lists its ids, so opening a store reads
-footers only, and any row is fetched from its place in the file, in constant memory.
+A shard is written aside, flushed to the disk, and only then given its name. So a shard that is there is whole, and a run
+killed at any moment loses at most the rows it had not yet written. The footer of a shard lists its ids, so to open a store only
+the footers are read. A row is then read from its place in the file, in constant memory.
 
-`python -m lavender_min.maps` looks over a store, shows it, and imports the maps the paper's authors released.
+`python -m lavender_min.maps` checks a store, shows it, and imports the maps that the paper's authors released.
 """
 
 from lavender_min.maps.store import MAX_ENTROPY, MapStore, MapWriter, StoredMaps, entropy

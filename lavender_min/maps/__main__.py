@@ -1,4 +1,4 @@
-"""Look over a map store, look at it, or make one from the maps the paper's authors released.
+"""Check a map store, show it, or make one from the maps that the paper's authors released.
 
 python -m lavender_min.maps check DIR                     every row of every shard; exit code 1 if anything is wrong
 python -m lavender_min.maps show DIR --n 12 [--data NAME] a sheet of word maps, over their pictures with --data
@@ -23,35 +23,43 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from lavender_min import data, draw
+from lavender_min import cli, data, draw
 from lavender_min.geometry import MAP_SIDE
-from lavender_min.maps.store import MapStore, MapWriter, Shard, naming, read_ids, read_recipe, shard_files
+from lavender_min.maps.store import MapStore, MapWriter, Shard, StoredMaps, naming, read_ids, read_recipe, shard_files
 from lavender_min.words import find_words
 
-LISTED = 20  # lines of each kind of fault that are printed
-COLUMNS = 8  # words of an example that are shown
+PROG = "python -m lavender_min.maps"
+
+# Lines of each kind of fault that are printed.
+LISTED = 20
+
+# Words of an example that are shown.
+COLUMNS = 8
 
 
 def check(folder: Path) -> int:
-    """Read everything, as training does and as any Parquet reader does; print counts and faults; 1 if there are any."""
+    """Read every row of every shard, and print counts and faults; exit code 1 if there are any."""
     read_recipe(folder)
     shards = shard_files(folder)
     size = sum(shard.stat().st_size for shard in shards)
     faults: dict[str, list[str]] = defaultdict(list)
-    home: dict[str, str] = {}  # id ─► the shard it stands in
+    # Id ─► the shard it stands in.
+    home: dict[str, str] = {}
     words = 0
     with tqdm(total=size, unit="B", unit_scale=True) as bar:
         for shard in shards:
             try:
-                for id, texts, maps in rows_of(shard):
+                for id, stored in rows_of(shard):
                     if id in home:
                         faults["twice"].append(f"{id}: in {home[id]} and in {shard.name}")
                     home[id] = shard.name
-                    words += len(texts)
-                    flat = maps.flatten(1)
+                    words += len(stored.words)
+                    flat = stored.maps.flatten(1)
                     for kind, bad in (("not finite", ~flat.isfinite().all(1)), ("all zero", ~flat.any(1))):
                         if bad.any():
-                            faults[kind].append(f"{id}: {', '.join(texts[i] for i in bad.nonzero().flatten())}")
+                            faults[kind].append(
+                                f"{id}: {', '.join(stored.words[i].text for i in bad.nonzero().flatten())}"
+                            )
             except ValueError as error:
                 faults["broken"].append(str(error))
             bar.update(shard.stat().st_size)
@@ -63,8 +71,11 @@ def check(folder: Path) -> int:
     return 1 if faults else 0
 
 
-def rows_of(shard: Path) -> Iterator[tuple[str, list[str], Float[Tensor, "w g g"]]]:
-    """(id, words, maps) of each row, where the footer, Parquet's own reading with checksums, and the store's reading agree."""
+def rows_of(shard: Path) -> Iterator[tuple[str, StoredMaps]]:
+    """Each row of a shard with its id, read in two ways: as training does, and as any Parquet reader does, with checksums.
+
+    Raises ValueError, naming the shard, where the two, or the ids in the footer, do not agree.
+    """
     ids, row = read_ids(shard), 0
     with naming(shard):
         as_stored, file = Shard(shard), pq.ParquetFile(shard, page_checksum_verification=True)
@@ -74,7 +85,7 @@ def rows_of(shard: Path) -> Iterator[tuple[str, list[str], Float[Tensor, "w g g"
                 plain = maps.values.to_numpy().astype(np.float32)
                 if id != ids[row] or not np.array_equal(stored.maps.flatten().numpy(), plain, equal_nan=True):
                     raise ValueError(f"row {row}: its id, words and maps do not fit together")
-                yield id, [word.text for word in stored.words], stored.maps
+                yield id, stored
                 row += 1
 
 
@@ -85,7 +96,7 @@ def spread(items: Sequence[Any], n: int) -> list[Any]:
 
 
 def show(folder: Path, n: int, out: Path | None, name: str | None, root: str | None) -> int:
-    """A line an example, its words in reading order, each map stretched to 0 … 1 and, with data, laid over the picture."""
+    """Draw a sheet of word maps, a line an example: each map is stretched to 0 … 1 and, with --data, laid over the picture."""
     store = MapStore(folder)
     pictures = {example.id: example.image for example in data.load(name, root) if example.id in store} if name else {}
     ids = spread(list(pictures) if name else store.ids, n)
@@ -93,9 +104,9 @@ def show(folder: Path, n: int, out: Path | None, name: str | None, root: str | N
         raise ValueError(
             f"{folder} holds no maps" + (f" for --data {name}: were they made from other data?" if name else "")
         )
-    high = 1.75 * len(ids) + 0.25  # inches
-    figure = Figure(figsize=(1.3 * COLUMNS, high))
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.1 / high, top=1 - 0.45 / high, wspace=0.05, hspace=0.4)
+    inches = 1.75 * len(ids) + 0.25
+    figure = Figure(figsize=(1.3 * COLUMNS, inches))
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.1 / inches, top=1 - 0.45 / inches, wspace=0.05, hspace=0.4)
     for axes, id in zip(figure.subplots(len(ids), COLUMNS, squeeze=False), ids, strict=True):
         stored = store[id]
         picture = pictures[id]() if name else Image.new("L", (1, 1))
@@ -115,6 +126,7 @@ def show(folder: Path, n: int, out: Path | None, name: str | None, root: str | N
 
 
 def released_map(file: Path) -> Float[Tensor, "g g"]:
+    """One released map, 8-bit grey, as numbers from 0 to 1. Raises ValueError if it is of another size."""
     with Image.open(file) as image:
         grey = np.asarray(image.convert("L"), np.float32) / 255
     if grey.shape != (MAP_SIDE, MAP_SIDE):
@@ -123,12 +135,14 @@ def released_map(file: Path) -> Float[Tensor, "g g"]:
 
 
 def take_released(jpegs: Path, folder: Path, root: str | None, captions: str | None, frame: str) -> int:
-    """<jpegs>/<picture>/lpm_attention/<any folder>/attention_<word>.jpg, 8-bit grey, value / 255, into a store.
+    """Make a store of the released maps, JPEG_ROOT/<picture>/lpm_attention/<any folder>/attention_<word>.jpg.
 
-    A file speaks for its word wherever a caption of its picture says it, in capitals or not. What finds no place is counted and
-    listed. Nothing is known of the start-of-text token: `sos` is NaN.
+    A file's map is stored for each place in its picture's captions where its word stands, in capitals or not. A file whose word
+    stands in no caption is counted and listed. The released maps do not tell the share of the start-of-text token, so `sos` is
+    NaN.
     """
-    found: dict[str, dict[str, Path]] = defaultdict(dict)  # picture ─► word ─► file
+    # Picture ─► word ─► file.
+    found: dict[str, dict[str, Path]] = defaultdict(dict)
     for file in sorted(jpegs.glob("*/lpm_attention/*/attention_*.jpg")):
         word = file.stem.removeprefix("attention_").strip(string.punctuation).casefold()
         found[file.parts[-4]][word] = file
@@ -137,7 +151,8 @@ def take_released(jpegs: Path, folder: Path, root: str | None, captions: str | N
     examples = defaultdict(list)
     for example in data.load("flickr30k", root, "all", captions):
         examples[example.id.rpartition("#")[0]].append(example)
-    left: dict[tuple[str, str], str] = {}  # (picture, word) ─► why it is not in the store
+    # (Picture, word) ─► why it is not in the store.
+    left: dict[tuple[str, str], str] = {}
     recipe = {"data": "flickr30k", "recipe": "released", "values": "8-bit grey / 255", "frame": frame}
     with MapWriter(folder, recipe | {"map_side": MAP_SIDE}) as writer:
         for picture, files in tqdm(found.items(), unit=" pictures"):
@@ -165,31 +180,36 @@ def take_released(jpegs: Path, folder: Path, root: str | None, captions: str | N
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    about: dict[str, Any] = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser("python -m lavender_min.maps", usage=argparse.SUPPRESS, **about)
-    commands = parser.add_subparsers(required=True, metavar="check | show | import")
-    names = {"check": check, "show": show, "import": take_released}
-    own = {name: commands.add_parser(name, usage=argparse.SUPPRESS, help=f.__doc__) for name, f in names.items()}
-    for name, function in names.items():
-        own[name].set_defaults(function=function)
-        if name == "import":
-            own[name].add_argument("jpegs", metavar="JPEG_ROOT", type=Path)
-        own[name].add_argument("folder", metavar="DIR", type=Path)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command `python -m lavender_min.maps`; returns the exit code."""
+    args = vars(parser().parse_args(argv))
+    command = args.pop("command")
+    return cli.run(PROG, lambda: command(**args))
+
+
+def parser() -> cli.Parser:
+    """A subcommand for each function, whose arguments are the function's."""
+    form: dict[str, Any] = {"usage": argparse.SUPPRESS, "formatter_class": cli.HelpFormatter}
+    parser = cli.Parser(prog=PROG, description=__doc__, **form)
+    commands = parser.add_subparsers(required=True, metavar="check | show | import", prog=PROG)
+    functions = {"check": check, "show": show, "import": take_released}
+    own = {}
+    for name, function in functions.items():
+        what = (function.__doc__ or "").partition("\n")[0]
+        own[name] = commands.add_parser(name, description=what, help=what, **form)
+        own[name].set_defaults(command=function)
+    own["import"].add_argument("jpegs", metavar="JPEG_ROOT", type=Path, help="the folder of the released maps")
+    for name in functions:
+        own[name].add_argument("folder", metavar="DIR", type=Path, help="the store")
     show_, import_ = own["show"].add_argument, own["import"].add_argument
-    show_("--n", type=int, default=12, help="examples (default: 12)")
+    show_("--n", type=int, default=12, help="examples")
     show_("--out", type=Path, help="the picture to write (default: DIR/maps.png)")
     show_("--data", dest="name", choices=list(data.SOURCES), help="the data set whose pictures to lay under the maps")
     for add in (show_, import_):
         add("--data_root", dest="root", help="where its files are (default: data/<data>)")
     import_("--captions", choices=["first", "all"], help="one caption a picture, or all five (default: first)")
-    import_("--frame", choices=["whole", "crop"], default="whole", help="what the maps cover (default: whole)")
-    args = vars(parser.parse_args(argv))
-    try:
-        return args.pop("function")(**args)
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+    import_("--frame", choices=["whole", "crop"], default="whole", help="what the maps cover")
+    return parser
 
 
 if __name__ == "__main__":

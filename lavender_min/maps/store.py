@@ -1,14 +1,14 @@
 """The map store on disk: shards, their writer and their reader. `lavender_min.maps` says what a store is.
 
-The layout follows from what one row costs. Read through Parquet, a row costs its whole row group: with 8 words a row, 0.2 ms
-for groups of 3 rows and 1.5 ms for groups of 32, nearly all of it for the maps. Small groups, on the other hand, make long
-footers: held open, those of 100,000 rows take 290 MB in groups of 3, 31 MB in groups of 32. So groups are of 32 rows and only
-the texts come through Parquet (0.06 ms). The maps are stored as they are, in one page a group: the values are the last
-bytes of the group's column, where a row's begin follows from the number of words before it, and just those bytes are read.
-To every other reader the file is ordinary Parquet.
+The layout follows from what it costs to read one row. Parquet reads a whole group of rows at once: with 8 words a row that
+takes 0.2 ms for groups of 3 rows and 1.5 ms for groups of 32, nearly all of it for the maps. Small groups, on the other hand,
+make long footers: held open, those of 100,000 rows take 290 MB in groups of 3 and 31 MB in groups of 32. So groups are of 32
+rows, and only the texts are read through Parquet (0.06 ms). The maps are stored uncompressed, those of a group in one page.
+Their values are then the last bytes of the group's column. Where those of one row begin follows from the number of words
+before it, so just these bytes are read. To every other reader the file is ordinary Parquet.
 
-Files are read, not memory-mapped: what was read does not stay in the process, forked workers may share a handle (each
-read carries its own position), and a file that is cut short meanwhile is an error, not a SIGBUS.
+Files are read, not memory-mapped. So what was read does not stay in the process; forked workers may share a handle, as each
+read carries its own position; and a file that is cut short meanwhile is an error, where a mapped one would end the process.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -33,9 +33,15 @@ from lavender_min.geometry import MAP_SIDE
 from lavender_min.words import Word
 
 ROWS_PER_GROUP = 32
-OPEN_SHARDS = 256  # kept open, each a file handle and its footer, about 0.16 MB
-MAP_BYTES = MAP_SIDE**2 * 2  # float16
-_IDS = b"lavender_ids"  # footer entry: the shard's ids in row order, as JSON
+
+# So many shards are kept open: each is a file handle and its footer, about 0.16 MB.
+OPEN_SHARDS = 256
+
+# Of one map, in float16.
+MAP_BYTES = MAP_SIDE**2 * 2
+
+# The footer's entry with the shard's ids in the order of its rows, as JSON.
+_IDS = b"lavender_ids"
 _WORD = pa.struct([("text", pa.string()), ("field", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
 _SCHEMA = pa.schema(
     [
@@ -55,12 +61,16 @@ class StoredMaps(NamedTuple):
     question: str
     answer: str
     words: list[Word]
-    maps: Float[Tensor, "w g g"]  # float32, raw probabilities
+
+    # The probabilities that were recorded, in float32.
+    maps: Float[Tensor, "w g g"]
+
+    # The share of attention that the start-of-text token took.
     sos: float
 
 
 class Shard:
-    """One shard, open: `shard[row]`."""
+    """One shard, held open: `shard[row]` reads one row, counted from 0 in the shard."""
 
     def __init__(self, path: Path):
         self._source = pa.OSFile(str(path))
@@ -75,11 +85,13 @@ class Shard:
     def __getitem__(self, row: int) -> StoredMaps:
         group, row = divmod(row, self._rows_per_group)
         first, column = (self._file.metadata.row_group(group).column(i) for i in (0, self._column))
-        # One read for all the texts: where the system has none of the file in memory, it then waits for the disk once here.
+        # Read the bytes of all the texts at once, and forget them: the column by column reading below then finds them in the
+        # system's cache, so a cold file waits for the disk once and not once a column.
         self._source.read_at(column.data_page_offset - first.data_page_offset, first.data_page_offset)
         texts = self._file.read_row_group(group, ["question", "answer", "words", "sos"], use_threads=False)
         words = texts["words"].chunk(0)
-        start, stop, last = (words.offsets[i].as_py() for i in (row, row + 1, len(words)))  # in words of the group
+        # Which of the group's words are this row's, and how many there are.
+        start, stop, last = (words.offsets[i].as_py() for i in (row, row + 1, len(words)))
         end = column.data_page_offset + column.total_compressed_size
         raw = self._source.read_at((stop - start) * MAP_BYTES, end - (last - start) * MAP_BYTES)
         maps = np.frombuffer(raw, np.float16).astype(np.float32).reshape(stop - start, MAP_SIDE, MAP_SIDE)
@@ -95,7 +107,7 @@ class Shard:
 class MapStore:
     """Read a store: `len(store)`, `store.ids`, `id in store`, `store[id]`, `store.recipe`.
 
-    In memory are the ids (about 20 MB for 100,000) and up to OPEN_SHARDS footers, however many rows are read. A store may
+    However many rows are read, it holds no more than the ids (about 20 MB for 100,000) and OPEN_SHARDS footers. A store may
     go to DataLoader workers, forked or spawned.
     """
 
@@ -104,11 +116,14 @@ class MapStore:
         self.recipe = read_recipe(self.path)
         self._shards = shard_files(self.path)
         ids = [read_ids(shard) for shard in self._shards]
-        self._first = [0, *accumulate(map(len, ids))]  # each shard's first row, rows counted throughout
-        self._row: dict[str, int] = {}  # if an id should stand twice, the first wins
+        # The number of each shard's first row, where the rows of all shards are counted through.
+        self._first = [0, *accumulate(map(len, ids))]
+        # If an id should stand twice, the first counts.
+        self._row: dict[str, int] = {}
         for row, id in enumerate(chain.from_iterable(ids)):
             self._row.setdefault(id, row)
-        self._open: dict[int, Shard] = {}  # the one used last stands last
+        # The one used last stands last.
+        self._open: dict[int, Shard] = {}
 
     def __len__(self) -> int:
         return len(self._row)
@@ -135,7 +150,8 @@ class MapStore:
             return shard[self._row[id] - self._first[number]]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}  # open files do not travel to DataLoader workers
+        # Open files do not travel to DataLoader workers.
+        return self.__dict__ | {"_open": {}}
 
 
 class MapWriter:
@@ -154,7 +170,8 @@ class MapWriter:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path / f".writing-r{rank:03d}", rank)
         try:
-            for leftover in self.path.glob(f".tmp-r{rank:03d}-*"):  # of a run that was killed
+            # What a killed run left half written.
+            for leftover in self.path.glob(f".tmp-r{rank:03d}-*"):
                 leftover.unlink()
             _check_recipe(self.path / "recipe.json", recipe, self.path / f".tmp-r{rank:03d}-recipe.json")
             self.done = {id for shard in shard_files(self.path) for id in read_ids(shard)}
@@ -201,7 +218,8 @@ class MapWriter:
         name = f"r{self.rank:03d}-{self._next:05d}.parquet"
         aside = self.path / f".tmp-{name}"
         with _written_aside(self.path / f"maps-{name}", aside):
-            pq.write_table(  # maps are noise to a compressor and never searched: as they are, a group's in one page
+            # Maps cannot be compressed and are never searched. So they are stored as they are, a group's in one page.
+            pq.write_table(
                 table,
                 aside,
                 row_group_size=ROWS_PER_GROUP,
@@ -223,8 +241,8 @@ class MapWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            # Stopped by hand or by an error elsewhere, the finished rows are still worth keeping; a full disk is not
-            # worth a second try.
+            # If the run is stopped by hand or by an error elsewhere, the finished rows are still worth keeping. A disk that
+            # was full is not worth a second try.
             if kind is None or not issubclass(kind, OSError):
                 self.flush()
         finally:
@@ -284,7 +302,8 @@ def _check_recipe(file: Path, recipe: dict[str, Any], aside: Path) -> None:
 
     Whatever stands under "made_with" (versions, machine) is kept for the record and may differ.
     """
-    recipe = json.loads(json.dumps(recipe))  # as it will be read back: tuples become lists
+    # As it will be read back: tuples become lists.
+    recipe = json.loads(json.dumps(recipe))
     if not file.exists():
         if shard_files(file.parent):
             raise ValueError(f"{file} is missing, but its folder holds map shards: choose another --maps folder")
@@ -300,7 +319,7 @@ def _check_recipe(file: Path, recipe: dict[str, Any], aside: Path) -> None:
 
 @contextlib.contextmanager
 def _written_aside(file: Path, aside: Path) -> Iterator[None]:
-    """What is written to `aside` inside stands afterwards, whole and on the disk, under `file`, or not at all."""
+    """Inside this `with`, write to `aside`; afterwards `file` holds it, whole and on the disk. If that fails, nothing is left."""
     try:
         yield
         with open(aside, "rb") as written:
@@ -312,15 +331,16 @@ def _written_aside(file: Path, aside: Path) -> Iterator[None]:
         finally:
             os.close(folder)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error  # Arrow's own wording is longer
+        # Arrow's own wording is longer.
+        reason = os.strerror(error.errno) if error.errno else error
         raise OSError(f"cannot write {file}: {reason}") from error
     finally:
         aside.unlink(missing_ok=True)
 
 
-def _lock(file: Path, rank: int) -> Any:
-    """Hold a file that only one process can hold; the system lets go of it when the process ends, however it ends."""
-    handle = open(file, "w")  # noqa: SIM115 (held until the writer closes)
+def _lock(file: Path, rank: int) -> TextIO:
+    """Lock a file; the lock lasts until the file is closed or the process ends, however it ends."""
+    handle = open(file, "w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -1,27 +1,27 @@
 """Stable Diffusion as a teacher: a picture and its text in, one 32×32 attention map a word out.
 
-Stable Diffusion was trained to remove noise from a picture given its caption. To do so, every pixel of the UNet's
-cross-attention asks every text token "are you about me?". Noise a real picture, let the UNet denoise it with its own
-text, and average the answers: that is a word's map. From pixels to map:
+Stable Diffusion was trained to remove noise from a picture given its caption. To do so, each pixel of the UNet's
+cross-attention weighs every token of the text by how much it has to do with that pixel. Noise a real picture, let the UNet
+denoise it with its own text, and average these weights: that is a word's map. From pixels to map:
 
     stable_diffusion.load  the model's parts
     frame_image            picture ─► [3, S, S]                                      S = 512 for v1.4
     words.windows          text ─► token ids, and which tokens belong to which word
-    recipes.RECIPES        how the picture is noised and how often the UNet is asked
-    recording.recording    collects the maps of every cross-attention layer on the way, without changing the UNet's output
-    record                 all of the above for a batch; what was seen, by the side of the layers
-    read                   the layers' answers weighted, put together to words, and, if asked for, content-normalised
-    word_maps              record and read
+    recipes.run            noises the picture and runs the UNet, as the recipe says
+    recording.recording    sums the maps of the cross-attention layers meanwhile, without changing the UNet's output
+    record                 all of the above for a batch: the maps by the side of their layers
+    combine                these maps weighted, put together to words, and, if the recipe says so, content-normalised
+    word_maps              record and combine
 
-Shapes: b pictures; r rows, the windows of all texts of the batch (a text longer than the text encoder takes is run in
-several); l tokens of a window; w words; g = 32.
+Shapes in this file: b pictures; r windows of their texts (a text longer than the text encoder takes is run in several), each run
+with its picture; t tokens of a window; w words; g = 32.
 """
 
 import contextlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,16 +30,15 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from lavender_min.teachers.recipes import RECIPES
+from lavender_min.teachers import FRAMES, RECIPES, Recipe, recipes
 from lavender_min.teachers.recording import Recorder
 from lavender_min.teachers.stable_diffusion import StableDiffusion, load
 from lavender_min.words import Window, Word, find_words, join_fields, windows
 
-__all__ = ["FRAMES", "RECIPES", "StableDiffusion", "frame_image", "load", "read", "record", "timed", "word_maps"]
-FRAMES = ("whole", "crop")
+__all__ = ["FRAMES", "RECIPES", "StableDiffusion", "combine", "frame_image", "load", "record", "word_maps"]
 
 
-def frame_image(image: Image.Image, side: int, frame: str = "whole") -> Float[Tensor, "3 s s"]:
+def frame_image(image: Image.Image, side: int, frame: str = "whole") -> Float[Tensor, "3 {side} {side}"]:
     """The picture as Stable Diffusion sees it, values −1…1.
 
     `whole` squeezes the whole picture into the square, so the map covers the ground the VLM sees; `crop` cuts the
@@ -53,105 +52,158 @@ def frame_image(image: Image.Image, side: int, frame: str = "whole") -> Float[Te
     return rearrange(torch.from_numpy(np.array(image)), "y x c -> c y x").float() / 127.5 - 1
 
 
-def check_resolutions(sd: StableDiffusion, resolutions: Mapping[int, float] | None) -> None:
-    if resolutions is not None and not (resolutions and set(resolutions) <= set(sd.map_sides)):
-        raise ValueError(f"--resolutions: this UNet attends to text at {sd.map_sides}; got {sorted(resolutions)}")
+def check_resolutions(sd: StableDiffusion, recipe: Recipe) -> None:
+    """Raises ValueError if the recipe weights layers that this UNet does not have."""
+    wanted = recipe.resolutions
+    if wanted is not None and not (wanted and set(wanted) <= set(sd.map_sides)):
+        raise ValueError(f"--resolutions: this UNet attends to text at {sd.map_sides}; got {sorted(wanted)}")
 
 
-@contextlib.contextmanager
-def timed(times: dict[str, float], phase: str) -> Iterator[None]:
-    """Adds the seconds of this `with` to times[phase], a GPU's work included."""
-    began = time.perf_counter()
-    yield
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    times[phase] = times.get(phase, 0.0) + time.perf_counter() - began
+class Stopwatch:
+    """Seconds by phase, a GPU's work included: `with watch("UNet"): …` adds to `watch.seconds["UNet"]`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.add({phase: time.perf_counter() - began})
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        for phase, spent in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+
+class CutTexts(NamedTuple):
+    """The texts of b pictures, cut into the r windows that the text encoder takes."""
+
+    # The words of each picture's text.
+    words: list[list[Word]]
+    windows: list[Window]
+
+    # For each window, the picture it belongs to.
+    owner: list[int]
+
+    # For each picture, how many tokens each word has, over all its windows.
+    lengths: list[Counter[int]]
 
 
 class Recorded(NamedTuple):
-    """What the UNet answered for a batch: by side of the layers, a map for SOS (word 0) and for every word of a row."""
+    """What was recorded for a batch."""
 
-    words: list[list[Word]]  # of every picture
-    rows: list[Window]
-    owner: list[int]  # [r]: which picture a row belongs to
-    lengths: list[Counter[int]]  # of every picture: how many tokens a word has, over all its rows
-    maps: dict[int, Float[Tensor, "r w g g"]]  # mean over layers and passes; fp32, on the CPU
-    layers: Counter[int]  # how many layers of that side, times passes, went into it
+    texts: CutTexts
+
+    # By side of the layers, the mean over layers and passes: a map for SOS (word 0) and for each word of a window; fp32, on
+    # the CPU.
+    maps: dict[int, Float[Tensor, "r w g g"]]
+
+    # By side, how many layers went into the mean, each as often as it ran.
+    layers: Counter[int]
+
+    # Seconds spent on text, VAE and UNet.
+    seconds: dict[str, float]
 
 
 class WordMaps(NamedTuple):
+    """The maps of one picture's words."""
+
     words: list[Word]
-    maps: Float[Tensor, "w g g"]  # probabilities as the UNet gives them unless content-normalised, fp32, on the CPU
-    sos: float  # the share of attention that went to the start-of-text token
+
+    # Probabilities as the UNet gives them, unless they are content-normalised; fp32, on the CPU.
+    maps: Float[Tensor, "w g g"]
+
+    # The share of attention that went to the start-of-text token.
+    sos: float
 
 
 @torch.no_grad()
 def record(
     sd: StableDiffusion,
-    pixels: Float[Tensor, "b 3 s s"],
+    pixels: Float[Tensor, "b 3 side side"],
     texts: Sequence[Mapping[str, str]],
     ids: Sequence[str],
-    recipe: str = "paper",
-    settings: Mapping[str, Any] | None = None,
-    sides: Sequence[int] | None = None,
-    times: dict[str, float] | None = None,
+    recipe: Recipe = RECIPES["paper"],
 ) -> Recorded:
-    """Run a recipe on a batch. A row's maps do not depend on the rows beside it.
+    """Run a recipe on a batch of framed pictures and their texts, and record the layers that it gives a weight.
 
-    At most b rows are run together, however long the texts: memory is bounded by the number of pictures. `sides`: the
-    layers to record, None for all. `times` gets the seconds spent on text, VAE and UNet.
+    At most b windows are run together, however long the texts: memory is bounded by the number of pictures. The maps of a
+    window do not depend on the windows beside it.
     """
-    device, times = sd.unet.device, {} if times is None else times
-    words = [find_words(fields) for fields in texts]
-    cut = [windows(sd.tokenizer, *join_fields(*pair)) for pair in zip(texts, words, strict=True)]
-    owner = [i for i, example in enumerate(cut) for _ in example]
-    rows = [window for example in cut for window in example]
-    lengths: list[Counter[int]] = [Counter() for _ in cut]
-    for i, row in zip(owner, rows, strict=True):
-        lengths[i].update({word: len(positions) for word, positions in row.words.items()})
-
-    # Word 0 of each row is the start-of-text token, whose share says how much of the attention the words did not get.
-    weights = torch.zeros(len(rows), sd.tokenizer.model_max_length, 1 + max(len(row.words) for row in rows))
-    weights[:, 0, 0] = 1
-    for r, (i, row) in enumerate(zip(owner, rows, strict=True)):
-        for column, (word, positions) in enumerate(row.words.items(), start=1):
-            weights[r, positions, column] = 1 / lengths[i][word]
-
-    with timed(times, "text"):
-        text = sd.text_encoder(torch.tensor([row.ids for row in rows], device=device))[0]
-    with timed(times, "VAE"):
-        latents = sd.vae.encode(pixels.to(device, sd.vae.dtype)).latent_dist.mode().float()[owner]
+    check_resolutions(sd, recipe)
+    sides = (
+        sd.map_sides if recipe.resolutions is None else [s for s, weight in recipe.resolutions.items() if weight > 0]
+    )
+    device, watch = sd.unet.device, Stopwatch()
+    cut = cut_texts(sd, texts)
+    with watch("text"):
+        text = sd.text_encoder(torch.tensor([window.ids for window in cut.windows], device=device))[0]
+    with watch("VAE"):
+        latents = sd.vae.encode(pixels.to(device, sd.vae.dtype)).latent_dist.mode().float()[cut.owner]
         latents *= sd.vae.config.scaling_factor
-    how, found, weights = RECIPES[recipe], defaultdict(list), weights.to(device)
-    with timed(times, "UNet"):
-        for some in torch.arange(len(rows), device=device).split(len(pixels)):
-            recorder = Recorder(weights[some], sides or sd.map_sides)
-            names = [ids[owner[r]] for r in some.tolist()]
-            how.run(sd, latents[some], text[some], recorder, names, **(how.settings | dict(settings or {})))
+    weights, found = word_weights(cut).to(device), defaultdict(list)
+    with watch("UNet"):
+        for some in torch.arange(len(cut.windows), device=device).split(len(pixels)):
+            recorder = Recorder(weights[some], sides)
+            inputs = recipes.Inputs(latents[some], text[some], [ids[cut.owner[r]] for r in some.tolist()])
+            recipes.run(recipe, sd, inputs, recorder)
             for side, maps in recorder.means().items():
                 found[side].append(maps.cpu())
-    return Recorded(
-        words, rows, owner, lengths, {side: torch.cat(maps) for side, maps in found.items()}, recorder.layers
-    )
+    return Recorded(cut, {side: torch.cat(maps) for side, maps in found.items()}, recorder.layers, watch.seconds)
 
 
-def read(
-    recorded: Recorded, resolutions: Mapping[int, float] | None = None, content_norm: bool = False
-) -> list[WordMaps]:
-    """The map of every word of every picture. `resolutions` {side: weight}: a layer of that side counts that much."""
-    words, rows, owner, lengths, sides, layers = recorded
-    weights = {side: (1.0 if resolutions is None else resolutions.get(side, 0.0)) * layers[side] for side in sides}
-    maps = torch.stack([weights[side] / sum(weights.values()) * sides[side] for side in sides]).sum(0)
+def cut_texts(sd: StableDiffusion, texts: Sequence[Mapping[str, str]]) -> CutTexts:
+    """Find the words of each text, and cut it into windows."""
+    words = [find_words(fields) for fields in texts]
+    cut = [windows(sd.tokenizer, *join_fields(*pair)) for pair in zip(texts, words, strict=True)]
+    lengths: list[Counter[int]] = [Counter() for _ in cut]
+    for i, own in enumerate(cut):
+        for window in own:
+            lengths[i].update({word: len(positions) for word, positions in window.words.items()})
+    owner = [i for i, own in enumerate(cut) for _ in own]
+    return CutTexts(words, [window for own in cut for window in own], owner, lengths)
+
+
+def word_weights(cut: CutTexts) -> Float[Tensor, "r t w"]:
+    """How much each token counts for each word of a window: a word is the mean of its tokens, in whatever windows they are.
+
+    Word 0 is the start-of-text token, whose share says how much of the attention the words did not get. A window's own words
+    follow in reading order; windows with fewer words than others have zeros behind.
+    """
+    columns = 1 + max(len(window.words) for window in cut.windows)
+    weights = torch.zeros(len(cut.windows), len(cut.windows[0].ids), columns)
+    weights[:, 0, 0] = 1
+    for r, (i, window) in enumerate(zip(cut.owner, cut.windows, strict=True)):
+        for column, (word, positions) in enumerate(window.words.items(), start=1):
+            weights[r, positions, column] = 1 / cut.lengths[i][word]
+    return weights
+
+
+def combine(recorded: Recorded, recipe: Recipe = RECIPES["paper"]) -> list[WordMaps]:
+    """For each picture the map of every word: layers weighted by the recipe's resolutions, windows put together.
+
+    One recording can be combined in several ways, if the recipe it was recorded with gave every layer a weight.
+    """
+    texts, layers = recorded.texts, recorded.layers
+    wanted = {side: 1.0 if recipe.resolutions is None else recipe.resolutions.get(side, 0.0) for side in recorded.maps}
+    weights = {side: weight * layers[side] for side, weight in wanted.items()}
+    total = sum(weights.values())
+    maps = torch.stack([weights[side] / total * recorded.maps[side] for side in weights]).sum(0)
     found = []
-    for i, example_words in enumerate(words):
-        whole = torch.zeros(len(example_words), *maps.shape[-2:])
-        mine = [r for r in range(len(rows)) if owner[r] == i]
-        for r in mine:
-            whole[list(rows[r].words)] += maps[r, 1 : 1 + len(rows[r].words)]
-        if content_norm:
-            whole = normalised(whole, torch.tensor([float(lengths[i][word]) for word in range(len(example_words))]))
-        kept = [word for word in range(len(example_words)) if lengths[i][word]]  # a word may have no token at all
-        found.append(WordMaps([example_words[k] for k in kept], whole[kept], maps[mine, 0].mean().item()))
+    for i, (words, lengths) in enumerate(zip(texts.words, texts.lengths, strict=True)):
+        whole = torch.zeros(len(words), *maps.shape[-2:])
+        own = [r for r, owner in enumerate(texts.owner) if owner == i]
+        for r in own:
+            placed = list(texts.windows[r].words)
+            whole[placed] += maps[r, 1 : 1 + len(placed)]
+        if recipe.content_norm:
+            whole = normalised(whole, torch.tensor([float(lengths[word]) for word in range(len(words))]))
+        # A word may have no token at all, and then has no map.
+        kept = [word for word in range(len(words)) if lengths[word]]
+        found.append(WordMaps([words[word] for word in kept], whole[kept], maps[own, 0].mean().item()))
     return found
 
 
@@ -166,18 +218,10 @@ def normalised(maps: Float[Tensor, "w g g"], tokens: Float[Tensor, " w"]) -> Flo
 
 def word_maps(
     sd: StableDiffusion,
-    pixels: Float[Tensor, "b 3 s s"],
+    pixels: Float[Tensor, "b 3 side side"],
     texts: Sequence[Mapping[str, str]],
     ids: Sequence[str],
-    recipe: str = "paper",
-    settings: Mapping[str, Any] | None = None,
-    resolutions: Mapping[int, float] | None = None,
-    content_norm: bool = False,
-    times: dict[str, float] | None = None,
+    recipe: Recipe = RECIPES["paper"],
 ) -> list[WordMaps]:
-    """Maps for every word of every text of a batch, from the layers that `resolutions` gives a weight."""
-    check_resolutions(sd, resolutions)
-    sides = None if resolutions is None else [side for side, weight in resolutions.items() if weight > 0]
-    recorded = record(sd, pixels, texts, ids, recipe, settings, sides, times)
-    with timed({} if times is None else times, "reading"):
-        return read(recorded, resolutions, content_norm)
+    """For each picture of a batch the maps of its words."""
+    return combine(record(sd, pixels, texts, ids, recipe), recipe)

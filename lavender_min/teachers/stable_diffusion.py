@@ -1,19 +1,16 @@
-"""Stable Diffusion's parts, loaded without the pipeline around them, and one question to its UNet.
+"""Stable Diffusion's parts, loaded without the pipeline around them, and one pass of its UNet.
 
-Everything runs in one number format, `dtype`: fp16 on a GPU, fp32 elsewhere, unless asked otherwise. What the recipes
+Everything runs in one number format, `dtype`: fp16 on a GPU, fp32 elsewhere, unless the caller chooses. What the recipes
 carry from pass to pass (latents, maps) stays fp32.
-"""
-# ruff: noqa: E402 (imports below a statement)
 
-import logging
+Shapes in this file: r windows of text, each with its picture's latents [c, y, x]; t tokens of a window; e channels of a token.
+"""
+
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-
-# diffusers imports bitsandbytes, which on some CPUs looks for a package named like our folder kernels/, and complains.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import diffusers
 import torch
@@ -21,64 +18,66 @@ import transformers
 from accelerate.utils import find_executable_batch_size
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from huggingface_hub import try_to_load_from_cache
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lavender_min import hub
+from lavender_min.teachers import DTYPES
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 
 
 class StableDiffusion(NamedTuple):
-    """The parts of a pipeline that are needed to read its maps. No safety checker, no pipeline."""
+    """The parts of a pipeline that are needed to record its maps. No safety checker, no pipeline.
+
+    They are a CLIPTokenizer, a CLIPTextModel, an AutoencoderKL and a UNet2DConditionModel. (diffusers loads its classes in a
+    way in which type checkers see none of their attributes.)
+    """
 
     tokenizer: Any
     text_encoder: Any
     vae: Any
     unet: Any
-    noise_schedule: dict[str, Any]  # the pipeline's scheduler config: betas and what the UNet predicts
+
+    # The configuration of the pipeline's scheduler: betas, and what the UNet predicts.
+    noise_schedule: dict[str, Any]
 
     @property
     def side(self) -> int:
-        """Pixels a side of the picture the UNet was trained on."""
+        """The side in pixels of the pictures the UNet was trained on: 512 for v1.4."""
         return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def map_sides(self) -> list[int]:
-        """The sides at which this UNet attends to text: 64, 32, 16 and 8 for v1.4."""
+        """The sides of the feature maps that attend to text: 64, 32, 16 and 8 for v1.4."""
         config = self.unet.config
         levels = {i for i, block in enumerate(config.down_block_types) if block.startswith("CrossAttn")}
-        levels |= {len(config.down_block_types) - 1}  # the middle block
+        # The middle block is as small as the last of these levels.
+        levels |= {len(config.down_block_types) - 1}
         return [config.sample_size >> level for level in sorted(levels)]
 
 
 def load(name: str, device: torch.device | str = "cpu", dtype: str | None = None) -> StableDiffusion:
-    """A pipeline folder, or a model of huggingface.co by name; fp16 on a GPU, fp32 elsewhere, or one of DTYPES."""
-    number = DTYPES[dtype or ("fp16" if torch.device(device).type == "cuda" else "fp32")]
+    """A pipeline folder, or a model of huggingface.co by name; `dtype` is one of DTYPES.
+
+    What is in the hub's cache is used as it is, with or without a network. Only safetensors are loaded, no pickle. Raises
+    OSError, in one line that says how to get the model, if it cannot be had.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
-    parts = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
     folder, local = Path(name), Path(name).is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~"))
-    missing = [part for part in parts if local and not (folder / part).is_dir()]
+    missing = [part for part in PARTS if local and not (folder / part).is_dir()]
     if missing:
         there = f"lacks {', '.join(missing)}" if folder.is_dir() else "is not there"
-        raise FileNotFoundError(f"--sd {name}: the pipeline folder {there}; it must hold {', '.join(parts)}")
+        raise FileNotFoundError(f"--sd {name}: the pipeline folder {there}; it must hold {', '.join(PARTS)}")
     weights = "unet/diffusion_pytorch_model.safetensors"
     cached = local or isinstance(try_to_load_from_cache(name, weights), str)
+    on_gpu = torch.device(device).type == "cuda"
     try:
         hub.ask(name, weights)
-        # safetensors only: no pickle. What is in the cache is used as it is, with or without network.
-        how: dict[str, Any] = {"use_safetensors": True, "local_files_only": cached}
-        with warnings.catch_warnings(action="ignore"):
-            text_encoder: Any = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=number, **how)
-            tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", local_files_only=cached)
-            if len(tokenizer) < 256:  # transformers makes an empty one, without a word, where there are no files
-                raise OSError("the tokenizer's files are missing")
-            noise_schedule = dict(DDIMScheduler.load_config(name, subfolder="scheduler", local_files_only=cached))
-            vae = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=number, **how)
-            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=number, **how)
+        sd = _load_parts(name, cached, getattr(torch, DTYPES[dtype or ("fp16" if on_gpu else "fp32")]))
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if local:
@@ -88,22 +87,45 @@ def load(name: str, device: torch.device | str = "cpu", dtype: str | None = None
             " if it has one (then `hf auth login`), and run this once where there is network. "
             "Or, without any download: python extract.py --data toy"
         ) from error
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-    for part in (text_encoder, vae, unet):
+    sd.tokenizer.model_max_length = min(sd.tokenizer.model_max_length, sd.text_encoder.config.max_position_embeddings)
+    for part in (sd.text_encoder, sd.vae, sd.unet):
         part.to(device).eval().requires_grad_(False)
-    for part in (vae, unet):  # the layout in which convolutions are fastest
+    # The layout in which convolutions are fastest.
+    for part in (sd.vae, sd.unet):
         part.to(memory_format=torch.channels_last)
-    vae.enable_slicing()  # a picture at a time: one of 512 px fills a GPU, and a batch would need more memory than the UNet
+    # A picture at a time: one of 512 px fills a GPU, and a batch would need more memory than the UNet.
+    sd.vae.enable_slicing()
+    return sd
+
+
+def _load_parts(name: str, cached: bool, dtype: torch.dtype) -> StableDiffusion:
+    files: dict[str, Any] = {"use_safetensors": True, "local_files_only": cached}
+    with warnings.catch_warnings(action="ignore"):
+        text_encoder: Any = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, **files)
+        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", local_files_only=cached)
+        # Where there are no files, transformers makes an empty one and says nothing.
+        if len(tokenizer) < 256:
+            raise OSError("the tokenizer's files are missing")
+        noise_schedule = dict(DDIMScheduler.load_config(name, subfolder="scheduler", local_files_only=cached))
+        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=dtype, **files)
+        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype, **files)
     return StableDiffusion(tokenizer, text_encoder, vae, unet, noise_schedule)
 
 
-def ask(sd: StableDiffusion, latents: Tensor, t: Tensor, text: Tensor) -> Float[Tensor, "r c y x"]:
-    """One pass of the UNet: what noise (or velocity) it sees at time step t, in fp32.
+def predict(
+    sd: StableDiffusion,
+    latents: Float[Tensor, "r c y x"],
+    timestep: Int[Tensor, ""] | Int[Tensor, " r"],
+    text: Float[Tensor, "r t e"],
+) -> Float[Tensor, "r c y x"]:
+    """One pass of the UNet: the noise (or the velocity) that it predicts, in fp32.
 
-    t is one number on the CPU, so that nobody waits for the GPU to read it, or one number a row.
+    `timestep` is one number on the CPU, so that nobody waits for the GPU to read it, or one number for each window.
     """
     unet = sd.unet
-    return unet(latents.to(unet.dtype), t, encoder_hidden_states=text.to(unet.dtype), return_dict=False)[0].float()
+    return unet(latents.to(unet.dtype), timestep, encoder_hidden_states=text.to(unet.dtype), return_dict=False)[
+        0
+    ].float()
 
 
 @torch.no_grad()
@@ -114,7 +136,8 @@ def seconds_a_pass(sd: StableDiffusion, pictures: int) -> float:
     text = latents.new_zeros(pictures, sd.tokenizer.model_max_length, unet.config.cross_attention_dim)
     for _ in range(2):
         began = time.perf_counter()
-        ask(sd, latents, torch.tensor(500), text).sum().item()  # .item() waits for the GPU
+        # .item() waits for the GPU.
+        predict(sd, latents, torch.tensor(500), text).sum().item()
     return time.perf_counter() - began
 
 

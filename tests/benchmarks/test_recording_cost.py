@@ -40,7 +40,8 @@ class Daam:
         )
         probabilities = attn.get_attention_scores(query, key, attention_mask)
         side = math.isqrt(probabilities.shape[1])
-        if side != 8:  # "skip if too large": factor 8 of 64
+        # "skip if too large": factor 8 of 64.
+        if side != 8:
             maps = [m.view(m.shape[0], side, side) for m in probabilities.permute(2, 0, 1).float()]
             for head, heat_map in enumerate(torch.stack(maps, 0).permute(1, 0, 2, 3).contiguous()):
                 self.heat_maps[side, self.layer, head] = self.heat_maps[side, self.layer, head] + heat_map
@@ -60,7 +61,8 @@ class AttentionMapDiffusers:
             for x in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
         )
         weight = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]))
-        weight += torch.zeros(query.shape[-2], key.shape[-2], dtype=query.dtype)  # its attn_bias, empty without a mask
+        # Its attn_bias, empty without a mask.
+        weight += torch.zeros(query.shape[-2], key.shape[-2], dtype=query.dtype)
         weight = torch.softmax(weight, dim=-1)
         out = torch.dropout(weight, 0.0, train=True) @ value
         side = math.isqrt(query.shape[-2])
@@ -72,12 +74,14 @@ class AttentionMapDiffusers:
 @torch.no_grad()
 def test_recording_a_pass_of_the_full_size_unet_costs_at_most_a_twentieth():
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the rest of the defaults are v1.4's
+    # The rest of the defaults are v1.4's.
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
     sharpen(unet)
     latents, t, text = torch.randn(1, 4, 64, 64), torch.tensor(500), torch.randn(1, 77, 768)
-    weights = torch.zeros(1, 77, 13)  # a caption of twelve words, and SOS
+    # A caption of twelve words, and SOS.
+    weights = torch.zeros(1, 77, 13)
     weights[0, range(13), range(13)] = 1
     layers = {layer: (name, layer.processor) for name, layer in unet.named_modules() if name.endswith("attn2")}
     kept, outs, seconds = {}, {}, defaultdict(list)
@@ -105,7 +109,8 @@ def test_recording_a_pass_of_the_full_size_unet_costs_at_most_a_twentieth():
         "DAAM": theirs("DAAM", Daam),
         "attention-map-diffusers": theirs("attention-map-diffusers", AttentionMapDiffusers),
     }
-    ours()  # warms up
+    # Warms up.
+    ours()
     for _ in range(TURNS):
         for name, run in ways.items():
             began = time.process_time()
@@ -131,6 +136,6 @@ def test_recording_a_pass_of_the_full_size_unet_costs_at_most_a_twentieth():
     found, counts = kept["ours"].means(), kept["ours"].layers
     assert counts == {64: 5, 32: 5, 16: 5, 8: 1} and len(explicit) == 16
     mean = sum(counts[side] * found[side] for side in counts) / 16
-    expected = einsum(explicit.mean(0), weights, "r l y x, r l w -> r w y x")
+    expected = einsum(explicit.mean(0), weights, "r t y x, r t w -> r w y x")
     assert (mean - expected).abs().max() <= 1e-5 * expected.max() and expected.std() > 1e-3 * expected.mean()
     assert statistics.median(seconds["ours"]) <= 1.05 * base

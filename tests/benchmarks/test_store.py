@@ -18,7 +18,8 @@ from lavender_min.maps import MapStore, MapWriter
 from lavender_min.maps.__main__ import main
 from lavender_min.words import find_words
 
-TEXT = "A brown dog runs past two children playing"  # 8 words
+# Of 8 words.
+TEXT = "A brown dog runs past two children playing"
 
 
 class Stopwatch:
@@ -95,10 +96,12 @@ def test_a_hundred_thousand_rows(tmp_path):
         shutil.rmtree(tmp_path)
     assert found["open"].seconds < 2 and found["pickle"].seconds < 1
     assert 20_000 / found["second"].seconds > 2_000
-    assert found["first"].grew < 50 and found["second"].grew < 10  # the first time opens the files
+    # The first time opens the files.
+    assert found["first"].grew < 50 and found["second"].grew < 10
 
 
 def test_the_benchmark_runs(tmp_path):
     found = figures(tmp_path, 600, 1500)
     assert all(watch.own > 0 and watch.clock > 0 for watch in found.values())
-    assert found["second"].grew < 20  # 25 MB of maps went by
+    # 25 MB of maps went by.
+    assert found["second"].grew < 20

@@ -50,7 +50,8 @@ def test_round_trip_in_shards(tmp_path):
     same(maps, range(23))
     assert maps.recipe == RECIPE
     assert list(maps) == maps.ids == [f"pic {i}.jpg#0" for i in range(23)]
-    same(pickle.loads(pickle.dumps(maps)), range(23))  # as a DataLoader worker gets it, files open or not
+    # As a DataLoader worker gets it, files open or not.
+    same(pickle.loads(pickle.dumps(maps)), range(23))
     with pytest.raises(KeyError, match="has no maps for id 'nobody'"):
         maps["nobody"]
 
@@ -60,12 +61,14 @@ def test_few_open_files_serve_many_shards(tmp_path, monkeypatch, rows_a_group):
     monkeypatch.setattr(store, "OPEN_SHARDS", 2)
     monkeypatch.setattr(store, "ROWS_PER_GROUP", rows_a_group)
     fill(tmp_path, range(120), shard_size=40)
-    monkeypatch.setattr(store, "ROWS_PER_GROUP", 7)  # a reader goes by what the file says
+    # A reader goes by what the file says.
+    monkeypatch.setattr(store, "ROWS_PER_GROUP", 7)
     maps = MapStore(tmp_path)
     files = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
     same(maps, range(120))
     assert len(maps._open) == 2 and (files is None or len(os.listdir("/proc/self/fd")) == files + 2)
-    for i in (0, 40, 0, 80):  # the one not used for longest is let go
+    # The one not used for longest is let go.
+    for i in (0, 40, 0, 80):
         maps[f"pic {i}.jpg#0"]
     assert list(maps._open) == [0, 2]
 
@@ -82,7 +85,8 @@ class Rows(torch.utils.data.Dataset):
         return i, self.maps[f"pic {i}.jpg#0"]
 
 
-def unchanged(x):  # a lambda could not be sent to a spawned worker
+# A lambda could not be sent to a spawned worker.
+def unchanged(x):
     return x
 
 
@@ -90,7 +94,8 @@ def unchanged(x):  # a lambda could not be sent to a spawned worker
 def test_workers_share_a_store(tmp_path, start):
     fill(tmp_path, range(30), shard_size=9)
     maps = MapStore(tmp_path)
-    same(maps, range(30))  # all files are open when the workers are forked
+    # All files are open when the workers are forked.
+    same(maps, range(30))
     loader = torch.utils.data.DataLoader(
         Rows(maps), batch_size=None, num_workers=2, multiprocessing_context=start, collate_fn=unchanged
     )
@@ -122,7 +127,8 @@ def test_going_on_and_several_writers(tmp_path):
     fill(tmp_path, range(22), shard_size=100)
     same(MapStore(tmp_path), range(22))
     total = sum(len(store.read_ids(shard)) for shard in store.shard_files(tmp_path))
-    assert total == 22  # nothing twice on the disk either
+    # Nothing twice on the disk either.
+    assert total == 22
 
 
 def test_wrong_shapes_are_refused(tmp_path):
@@ -169,15 +175,18 @@ def test_check_names_what_is_wrong(tmp_path, capsys):
             maps[i] = 0 if value == 0 else maps[i]
             maps[i, 3, 4] = value
             writer.add(id, "", "one dog runs", words, maps, 0.5)
-        writer.add(*row(3))  # stands in the first shard already
+        # Stands in the first shard already.
+        writer.add(*row(3))
     cut, flipped, misread = (tmp_path / f"maps-r000-0000{i}.parquet" for i in (1, 2, 3))
     cut.write_bytes(cut.read_bytes()[:-100])
     for shard, place in ((flipped, len(flipped.read_bytes()) // 2), (misread, misread.read_bytes().index(b" dogs"))):
         data = bytearray(shard.read_bytes())
-        data[place] ^= 1  # one bit of a map; of a text
+        # One bit of a map; of a text.
+        data[place] ^= 1
         shard.write_bytes(data)
     assert main(["check", str(tmp_path)]) == 1
-    parts = capsys.readouterr().out.replace("\n  ", "\0").splitlines()  # a heading with its list, a line
+    # A heading with its list, a line.
+    parts = capsys.readouterr().out.replace("\n  ", "\0").splitlines()
     found = {part.split("\0")[0]: part.split("\0")[1:] for part in parts}
     names = [line.split("/")[-1].split(":")[0] for line in found["broken: 3"]]
     assert names == [cut.name, flipped.name, misread.name]
@@ -196,11 +205,14 @@ def test_show_draws_every_map_over_its_picture(store_folder, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     total = len(MapStore(store_folder))
     assert said == [f"2 of {total} examples: {out}"] * 2 and plain.shape == pictured.shape
-    assert (plain < 60).all(-1).mean() > 0.1  # dark where maps are low
-    assert 0.05 < (abs(plain - pictured).max(-1) > 20).mean() < 0.9  # the same sheet with pictures showing through
+    # Dark where maps are low.
+    assert (plain < 60).all(-1).mean() > 0.1
+    # The same sheet with pictures showing through.
+    assert 0.05 < (abs(plain - pictured).max(-1) > 20).mean() < 0.9
     fill(tmp_path, range(1))
     assert main(["show", str(tmp_path)]) == 0
-    assert Image.open(tmp_path / "maps.png").height < plain.shape[0] * 0.6  # one line instead of two
+    # One line instead of two.
+    assert Image.open(tmp_path / "maps.png").height < plain.shape[0] * 0.6
     assert main(["show", store_folder, "--data", "folder", "--data_root", str(tmp_path)]) == 2
     assert "no data in" in capsys.readouterr().err
 
@@ -227,7 +239,8 @@ def test_the_released_maps_become_a_store(tmp_path, capsys):
     Image.new("L", (16, 16)).save(one / "attention_red.jpg")
     released(jpegs, "unknown.jpg", ["dog"])
     arguments = ["import", str(jpegs), str(tmp_path / "maps"), "--data_root", str(tmp_path / "flickr")]
-    for _ in range(2):  # the second time adds nothing
+    # The second time adds nothing.
+    for _ in range(2):
         assert main(arguments) == 0
         out = capsys.readouterr().out
         assert "holds 2 captions; of 9 files 5 found no place" in out
@@ -246,7 +259,8 @@ def test_the_released_maps_become_a_store(tmp_path, capsys):
         name = {"a": "A", "dog": "dog"}[word.text.casefold()]
         grey = torch.from_numpy(np.array(Image.open(zero / f"attention_{name}.jpg"), np.float32) / 255)
         assert torch.equal(one, grey.half().float()) and one.max() > 0.9
-    assert main([*arguments, "--captions", "all"]) == 0  # goes on with the other captions
+    # Goes on with the other captions.
+    assert main([*arguments, "--captions", "all"]) == 0
     assert [w.text for w in MapStore(tmp_path / "maps")["0.jpg#1"].words] == ["dogs"]
     assert main(["check", str(tmp_path / "maps")]) == 0
     assert main([*arguments, "--frame", "crop"]) == 2 and "another recipe (frame" in capsys.readouterr().err

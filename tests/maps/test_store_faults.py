@@ -37,7 +37,8 @@ def test_a_broken_shard_is_named(tmp_path, harm):
             opened()
         assert "\n" not in str(error.value)
     shard.unlink()
-    fill(tmp_path, range(8), shard_size=4)  # as the message says
+    # As the message says.
+    fill(tmp_path, range(8), shard_size=4)
     same(MapStore(tmp_path), range(8))
 
 
@@ -45,15 +46,18 @@ def test_a_shard_that_breaks_while_it_is_read_is_named(tmp_path):
     fill(tmp_path, range(80), shard_size=40)
     shard = tmp_path / "maps-r000-00001.parquet"
     maps = MapStore(tmp_path)
-    same(maps, range(80))  # both files are open
+    # Both files are open.
+    same(maps, range(80))
     whole = shard.read_bytes()
-    for size in (len(whole) // 2, 10):  # between texts and maps of the second group; in the texts of the first
+    # Between texts and maps of the second group; in the texts of the first.
+    for size in (len(whole) // 2, 10):
         shard.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="broken map shard .*maps-r000-00001.parquet"):
             for i in range(40, 80):
                 maps[f"pic {i}.jpg#0"]
         assert maps["pic 3.jpg#0"].answer == row(3)[2]
-    for options in ({}, {"compression": "none", "row_group_size": 32}):  # all but our own way of writing
+    # All but our own way of writing.
+    for options in ({}, {"compression": "none", "row_group_size": 32}):
         shard.write_bytes(whole)
         pq.write_table(pq.read_table(shard), shard, **options)
         with pytest.raises(ValueError, match="00001.parquet: another program rewrote it, with compressed maps"):
@@ -66,7 +70,8 @@ def test_another_recipe_is_refused_and_named(tmp_path):
         ValueError, match=r"recipe.json was made with another recipe \(frame: 'whole' there, 'crop' now"
     ):
         MapWriter(tmp_path, RECIPE | {"frame": "crop"})
-    MapWriter(tmp_path, RECIPE | {"made_with": {"torch": "3"}}).close()  # for the record only
+    # For the record only.
+    MapWriter(tmp_path, RECIPE | {"made_with": {"torch": "3"}}).close()
     (tmp_path / "recipe.json").unlink()
     with pytest.raises(ValueError, match=r"recipe.json is missing, but its folder holds map shards"):
         MapWriter(tmp_path, RECIPE)
@@ -99,7 +104,8 @@ def test_what_a_killed_run_left_half_written_is_cleared(tmp_path):
         (tmp_path / name).write_bytes(b"half")
     same(MapStore(tmp_path), range(3))
     fill(tmp_path, range(5))
-    assert [file.name for file in tmp_path.glob(".tmp*")] == [".tmp-r001-00000.parquet"]  # another process's: not ours
+    # Another process's: not ours.
+    assert [file.name for file in tmp_path.glob(".tmp*")] == [".tmp-r001-00000.parquet"]
 
 
 def test_two_writers_of_one_rank_are_refused(tmp_path):
@@ -172,9 +178,9 @@ def assert_part_of(maps, whole):
 
 
 def assert_whole(maps, whole):
-    assert (
-        assert_part_of(maps, whole) == whole.keys() and main(["check", str(maps)]) == 0
-    )  # check: nothing twice either
+    assert assert_part_of(maps, whole) == whole.keys()
+    # Nothing twice either.
+    assert main(["check", str(maps)]) == 0
     assert not list(maps.glob(".tmp*"))
 
 
@@ -184,7 +190,8 @@ def test_sigkill_at_twenty_random_moments(tmp_path, unbroken, capsys):
     maps, draw, seen, grew = tmp_path / "maps", random.Random(0), set(), 0
     for kill in range(20):
         child = start(maps)
-        if kill % 4:  # three in four while it works, some shards later, of which there are 120
+        # Three in four while it works, some shards later, of which there are 120.
+        if kill % 4:
             until_it_works(child)
             shards, more = len(store.shard_files(maps)), draw.randrange(4)
             while len(store.shard_files(maps)) < shards + more:
@@ -226,7 +233,8 @@ def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path, unbroken):
             "left on device"
         )
         assert 20 < len(assert_part_of(disk / "maps", whole)) < LIMIT and not list((disk / "maps").glob(".tmp*"))
-        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)  # room is made
+        # Room is made.
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         assert run_script(*arguments).returncode == 0
         assert_whole(disk / "maps", whole)
     finally:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,11 +19,10 @@ from PIL import Image
 from tiny_sd import build_tiny_sd
 
 from lavender_min.maps import MapStore
+from lavender_min.teachers import attention_maps, extraction, find_recipe, stable_diffusion
+from lavender_min.teachers.command import main
 
 ROOT = Path(__file__).parents[2]
-SPEC = spec_from_file_location("extract", ROOT / "extract.py")
-extract = module_from_spec(SPEC)
-SPEC.loader.exec_module(extract)
 
 WORDS = ["A red dog", "the cat on the grass runs with a dog", "turquoise", "dog with a turquoise cat"]
 
@@ -63,12 +61,12 @@ def assert_same(a, b):
 @pytest.fixture(scope="module")
 def unbroken(world, tmp_path_factory):
     maps = tmp_path_factory.mktemp("unbroken") / "maps"
-    assert extract.main(command(world, maps, "--batch_size", "4")) == 0
+    assert main(command(world, maps, "--batch_size", "4")) == 0
     return rows(maps)
 
 
 def test_what_is_stored_and_said(world, tmp_path, capsys):
-    assert extract.main(command(world, tmp_path / "maps", "--recipe", "noise", "--resolutions", "8:1,4:0.5")) == 0
+    assert main(command(world, tmp_path / "maps", "--recipe", "noise", "--resolutions", "8:1,4:0.5")) == 0
     out, err = capsys.readouterr()
     assert "41 pictures of folder, 0 done already; the rest has 267 words" in out
     assert "recipe noise: 3 UNet passes a picture, 123 in all, 8 pictures at once in float32" in out
@@ -76,9 +74,9 @@ def test_what_is_stored_and_said(world, tmp_path, capsys):
     assert "39 pictures stored" in out and "2 skipped" in out and "nats" in out
     spent = re.search(r"^time: (.*)$", out, re.MULTILINE)[1]
     phases = {part.strip() for part in re.findall(r"([A-Za-z ]+) \d+%", spent)}
-    assert phases == {"UNet", "VAE", "text", "waiting for pictures", "reading", "storing"}
+    assert phases == {"UNet", "VAE", "text", "waiting for pictures", "combining", "storing"}
     assert 98 <= sum(int(share) for share in re.findall(r"(\d+)%", spent)) <= 102
-    assert re.search(r"skipped=2, words=6\.5", err)  # the bar
+    assert re.search(r"skipped=2, words=6\.5", err)
     assert "skipped p7: UnidentifiedImageError" in out and "skipped p30: FileNotFoundError" in out
     listed = (tmp_path / "maps" / "skipped-r000.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in listed] == ["p7", "p30"]
@@ -93,14 +91,17 @@ def test_what_is_stored_and_said(world, tmp_path, capsys):
 
 def test_going_on_gives_the_same_rows(world, unbroken, tmp_path, capsys):
     maps = tmp_path / "maps"
-    for limit in ("9", "10", "41"):  # stops in the middle of a batch, and of a shard
-        assert extract.main(command(world, maps, "--batch_size", "4", "--shard_size", "3", "--limit", limit)) == 0
+    # Stops in the middle of a batch, and of a shard.
+    for limit in ("9", "10", "41"):
+        assert main(command(world, maps, "--batch_size", "4", "--shard_size", "3", "--limit", limit)) == 0
     found = rows(maps)
     assert found.keys() == unbroken.keys()
-    for id, row in found.items():  # batches of other sizes round differently, in the last digit of float16
+    # Batches of other sizes round differently, in the last digit of float16.
+    for id, row in found.items():
         torch.testing.assert_close(row.maps, unbroken[id].maps, atol=2e-5, rtol=4e-3)
     capsys.readouterr()
-    assert extract.main(command(world, maps, "--batch_size", "4")) == 0  # nothing left but the broken ones
+    # Nothing left but the broken ones.
+    assert main(command(world, maps, "--batch_size", "4")) == 0
     assert "39 done already" in capsys.readouterr().out
     assert_same(rows(maps), found)
 
@@ -118,10 +119,11 @@ def test_sigkill_in_the_middle(world, unbroken, tmp_path):
     child.wait()
     stored = len(MapStore(maps))
     assert 9 <= stored < 39 and child.returncode == -signal.SIGKILL
-    assert extract.main(arguments) == 0
+    assert main(arguments) == 0
     assert_same(rows(maps), unbroken)
 
 
+# One of several processes, as `accelerate launch` would start it, but with no other to wait for.
 AS_ONE_OF = """
 import runpy, sys, types, accelerate, torch
 rank, processes = int(sys.argv[1]), int(sys.argv[2])
@@ -130,15 +132,15 @@ state.is_main_process = state.is_local_main_process = rank == 0
 accelerate.PartialState = lambda cpu: state
 sys.argv[:3] = ["extract.py"]
 runpy.run_path("extract.py", run_name="__main__")
-"""  # one of several processes, as `accelerate launch` would start it, but with no other to wait for
+"""
 
 
 def as_one_of(monkeypatch, rank, processes, arguments):
     """The same in this process."""
     state = SimpleNamespace(process_index=rank, num_processes=processes, device=torch.device("cpu"))
     state.is_main_process = state.is_local_main_process = rank == 0
-    monkeypatch.setattr(extract, "PartialState", lambda cpu: state)
-    return extract.main(arguments)
+    monkeypatch.setattr(extraction, "PartialState", lambda cpu: state)
+    return main(arguments)
 
 
 def test_processes_share_the_work(world, unbroken, tmp_path, monkeypatch):
@@ -170,51 +172,87 @@ def test_a_dead_processs_share_is_taken_up(world, unbroken, tmp_path, monkeypatc
             arguments[arguments.index("--maps") + 1] = str(maps)
             assert as_one_of(monkeypatch, rank, processes, arguments) == 0
         tables = [pq.read_table(shard, columns=["id"]) for shard in maps.glob("maps-*.parquet")]
-        assert sum(map(len, tables)) == 39  # nothing twice
+        # Nothing twice.
+        assert sum(map(len, tables)) == 39
         assert_same(rows(maps), unbroken)
 
 
 def test_auto_goes_on_with_the_batches_the_store_was_begun_with(world, tmp_path, capsys):
     base, maps = command(world, tmp_path / "maps", "--recipe", "noise", "--batch_size"), tmp_path / "maps"
-    assert extract.main([*base, "5", "--limit", "7"]) == 0
+    assert main([*base, "5", "--limit", "7"]) == 0
     assert MapStore(maps).recipe["made_with"]["batch_size"] == 5
     capsys.readouterr()
-    assert extract.main([*base, "auto"]) == 0
+    assert main([*base, "auto"]) == 0
     assert "7 done already" in (out := capsys.readouterr().out) and "5 pictures at once" in out
-    assert extract.main(command(world, tmp_path / "whole", "--recipe", "noise", "--batch_size", "5")) == 0
+    assert main(command(world, tmp_path / "whole", "--recipe", "noise", "--batch_size", "5")) == 0
     assert_same(rows(maps), rows(tmp_path / "whole"))
-    assert extract.main(command(world, tmp_path / "new", "--limit", "1", "--batch_size", "auto")) == 0
-    assert "8 pictures at once" in capsys.readouterr().out  # where there is no GPU
+    assert main(command(world, tmp_path / "new", "--limit", "1", "--batch_size", "auto")) == 0
+    # Where there is no GPU.
+    assert "8 pictures at once" in capsys.readouterr().out
 
 
 def test_the_heaviest_batch_is_one_full_window_a_picture(world, monkeypatch):
-    sd, seen, plain = extract.attention_maps.load(str(world / "sd")), [], extract.attention_maps.Recorder
-    monkeypatch.setattr(extract.attention_maps, "Recorder", lambda *args: seen.append(args[0].shape) or plain(*args))
-    extract.heaviest_batch(sd, {"recipe": "noise", "settings": {"timesteps": [9]}}, 2)
+    sd, seen, plain = stable_diffusion.load(str(world / "sd")), [], attention_maps.Recorder
+    monkeypatch.setattr(attention_maps, "Recorder", lambda *args: seen.append(args[0].shape) or plain(*args))
+    extraction.heaviest_batch(sd, find_recipe("noise", timesteps=[9]), 2)
     length = sd.tokenizer.model_max_length
-    assert seen == [(2, length, length - 1)]  # its words, and SOS
+    # Its words, and SOS.
+    assert seen == [(2, length, length - 1)]
 
 
 def test_content_norm_and_number_format_are_written_down(world, tmp_path, capsys):
     base = command(world, tmp_path / "maps", "--recipe", "noise", "--limit", "3", "--dtype", "bf16")
-    assert extract.main([*base, "--content_norm"]) == 0
+    assert main([*base, "--content_norm"]) == 0
     assert "8 pictures at once in bfloat16" in capsys.readouterr().out
     store = MapStore(tmp_path / "maps")
     assert store.recipe["content_norm"] is True and store.recipe["made_with"]["dtype"] == "bfloat16"
-    assert max(float(store[id].maps.max()) for id in store.ids) > 0.2  # a word's share of the words, not of all tokens
+    # A word's share of the words, not of all tokens.
+    assert max(float(store[id].maps.max()) for id in store.ids) > 0.2
     assert "content_norm: True there, False now" in refused(capsys, *base)
 
 
+def test_a_store_of_an_earlier_version_can_be_gone_on_with(world, tmp_path):
+    """recipe.json keeps its keys, their order and their values: this text was written before recipes were one value."""
+    written = f"""{{
+  "data": "folder",
+  "sd": "{world / "sd"}",
+  "recipe": "noise",
+  "settings": {{
+    "timesteps": [
+      151
+    ],
+    "draws": 1,
+    "seed": 0
+  }},
+  "resolutions": {{
+    "8": 1.0,
+    "4": 0.5
+  }},
+  "content_norm": false,
+  "frame": "whole",
+  "map_side": 32,
+  "made_with": {{"""
+    base = command(world, tmp_path / "new", "--recipe", "noise", "--timesteps", "151", "--resolutions", "8:1,4:0.5")
+    assert main([*base, "--limit", "1"]) == 0
+    new = (tmp_path / "new" / "recipe.json").read_text()
+    assert new.startswith(written)
+    assert list(json.loads(new)["made_with"]) == ["torch", "diffusers", "transformers", "batch_size", "dtype"]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "recipe.json").write_text(written + "}}")
+    base[base.index("--maps") + 1] = str(tmp_path / "old")
+    assert main([*base, "--limit", "1"]) == 0 and len(MapStore(tmp_path / "old")) == 1
+
+
 def test_a_disk_too_small_is_said_before_the_first_pass(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(extract.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert extract.main(command(world, tmp_path / "maps", "--recipe", "noise", "--limit", "3")) == 0
+    monkeypatch.setattr(extraction.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert main(command(world, tmp_path / "maps", "--recipe", "noise", "--limit", "3")) == 0
     assert "0 MB are free: too little; the run will stop when they are used up" in capsys.readouterr().out
 
 
 def refused(capsys, *arguments):
     """Exit code 2 and exactly one line on stderr: that line."""
     try:
-        code = extract.main(list(arguments))
+        code = main(list(arguments))
     except SystemExit as stop:
         code = stop.code
     out, err = capsys.readouterr()
@@ -244,7 +282,8 @@ def test_flickr30k_by_its_defaults_ends_in_one_line(tmp_path):
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("extract.py: no Flickr30k in data/flickr30k: looked for")
-    assert not list(tmp_path.iterdir())  # nothing made, nothing left
+    # Nothing made, nothing left.
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -253,10 +292,20 @@ def test_flickr30k_by_its_defaults_ends_in_one_line(tmp_path):
         ([], "the following arguments are required: --data"),
         (["--data", "coco"], "invalid choice: 'coco'"),
         (["--data", "toy", "--data_root", "x"], "--data toy takes no --data_root"),
-        (["--data", "toy", "--batch_size", "0"], "expected a whole number of at least 1, got '0'"),
-        (["--data", "toy", "--resolutions", "16"], "expected side:weight pairs such as 16:1,8:0.5, got '16'"),
-        (["--data", "toy", "--resolutions", "16:0"], "expected side:weight pairs"),
-        (["--data", "toy", "--recipe", "noise", "--timesteps", "1200"], "expected time steps from 0 to 999"),
+        (["--data", "toy", "--batch_size", "0"], "--batch_size must be a whole number of at least 1, or auto; got '0'"),
+        (["--data", "toy", "--batch_size", "many"], "--batch_size must be a whole number of at least 1, or auto"),
+        (["--data", "toy", "--shard_size", "0"], "--shard_size must be a whole number of at least 1; got 0"),
+        (["--data", "toy", "--limit", "0"], "--limit must be a whole number of at least 1; got 0"),
+        (["--data", "toy", "--limit", "few"], "argument --limit: invalid int value: 'few'"),
+        (
+            ["--data", "toy", "--resolutions", "16"],
+            "--resolutions must be side:weight pairs, such as 16:1,8:0.5; got '16'",
+        ),
+        (["--data", "toy", "--resolutions", "16:0"], "--resolutions must be side:weight pairs"),
+        (["--data", "toy", "--resolutions", "16:1,8:nan"], "--resolutions must be side:weight pairs"),
+        (["--data", "toy", "--recipe", "noise", "--timesteps", "1200"], "--timesteps must be time steps from 0 to 999"),
+        (["--data", "toy", "--recipe", "noise", "--timesteps", "9,x"], "--timesteps must be time steps from 0 to 999"),
+        (["--data", "toy", "--recipe", "paint"], "argument --recipe: invalid choice: 'paint' (choose from"),
         (["--data", "toy", "--timesteps", "100"], "--recipe paper takes no --timesteps"),
     ],
 )
@@ -267,7 +316,7 @@ def test_wrong_arguments_are_one_line(capsys, arguments, message):
 def test_wrong_stores_are_one_line(world, tmp_path, capsys):
     maps = tmp_path / "maps"
     base = command(world, maps, "--recipe", "noise", "--limit", "3")
-    assert extract.main(base) == 0
+    assert main(base) == 0
     capsys.readouterr()
     assert "recipe.json was made with another recipe (frame: 'whole' there, 'crop' now" in refused(
         capsys, *base, "--frame", "crop"
@@ -288,7 +337,7 @@ def test_wrong_stores_are_one_line(world, tmp_path, capsys):
     ],
 )
 def test_stopping_in_the_middle_keeps_what_is_done(world, tmp_path, capsys, monkeypatch, error, code, message):
-    plain, calls = extract.attention_maps.word_maps, []
+    plain, calls = attention_maps.record, []
 
     def fails_later(*args):
         calls.append(1)
@@ -296,9 +345,9 @@ def test_stopping_in_the_middle_keeps_what_is_done(world, tmp_path, capsys, monk
             raise error
         return plain(*args)
 
-    monkeypatch.setattr(extract.attention_maps, "word_maps", fails_later)
+    monkeypatch.setattr(attention_maps, "record", fails_later)
     arguments = command(world, tmp_path / "maps", "--recipe", "noise", "--batch_size", "4", "--shard_size", "4")
-    assert extract.main(arguments) == code
+    assert main(arguments) == code
     assert capsys.readouterr().err.splitlines()[-1] == f"extract.py: {message}"
     assert len(MapStore(tmp_path / "maps")) >= 4
 
@@ -306,7 +355,7 @@ def test_stopping_in_the_middle_keeps_what_is_done(world, tmp_path, capsys, monk
 def test_no_picture_at_all_is_an_error(world, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text('{"image": "gone.png", "text": "A red dog"}')
     arguments = ["--data", "folder", "--data_root", str(tmp_path), "--sd", str(world / "sd")]
-    assert extract.main([*arguments, "--maps", str(tmp_path / "maps")]) == 2
+    assert main([*arguments, "--maps", str(tmp_path / "maps")]) == 2
     out, err = capsys.readouterr()
     assert "skipped gone.png#1: FileNotFoundError" in out
     assert err.splitlines()[-1] == "extract.py: no picture could be read: see the list above"

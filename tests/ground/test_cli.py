@@ -1,0 +1,100 @@
+"""What the commands share: flags from a dataclass, help that says the defaults, errors in one line."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from lavender_min import cli
+
+
+@dataclass
+class Flags:
+    data: str = cli.required("which data set", {"toy": 1, "real": 2})
+    steps: int = cli.flag(0, "how many")
+    rate: float | None = cli.flag(None, "how fast (default: as it comes)")
+    sides: list[int] = cli.flag([8, 4], "which sides", metavar="SIDE")
+    quick: bool = cli.flag(False, "whether to hurry")
+
+    def __post_init__(self):
+        cli.at_least(0, steps=self.steps)
+
+
+ABOUT = """What it does:
+
+    two lines,   as they stand
+"""
+
+
+def parse(*argv):
+    return cli.parse(Flags, "some.py", ABOUT, argv)
+
+
+def test_the_command_line_fills_the_dataclass():
+    assert parse("--data", "toy") == Flags("toy", 0, None, [8, 4], False)
+    found = parse("--data", "real", "--steps", "3", "--rate", "1e-3", "--sides", "16", "32", "--quick")
+    assert found == Flags("real", 3, 1e-3, [16, 32], True)
+
+
+def test_a_list_is_not_shared_between_two_runs():
+    parse("--data", "toy").sides.append(2)
+    Flags("toy").sides.append(2)
+    assert parse("--data", "toy").sides == Flags("toy").sides == [8, 4]
+
+
+def test_help_shows_the_description_as_it_is_and_each_default_once(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and ABOUT in out
+    said = " ".join(out.split())
+    assert "how many (default: 0)" in said and "which sides (default: [8, 4])" in said
+    assert said.count("default: as it comes)") == 1 and said.count("(default") == 3
+    assert "--data {toy,real} which data set" in said
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "the following arguments are required: --data"),
+        (["--data", "other"], "argument --data: invalid choice: 'other' (choose from"),
+        (["--data", "toy", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
+        # No abbreviations: what is misspelt is an error.
+        (["--data", "toy", "--step", "1"], "Some specified arguments are not used"),
+        (["--data", "toy", "--steps", "-1"], "--steps must be a whole number of at least 0; got -1"),
+        (["--data", "toy", "--sides"], "argument --sides: expected at least one argument"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(capsys, argv, message):
+    try:
+        code = cli.run("some.py", lambda: print(parse(*argv)))
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and err.startswith("some.py: ") and message in err and err.count("\n") == 1
+
+
+def test_flags_are_not_read_from_a_file_beside_the_script(tmp_path, monkeypatch):
+    (tmp_path / "some.args").write_text("--steps 7")
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "some.py")])
+    assert parse("--data", "toy").steps == 0
+
+
+def test_run_gives_the_exit_code_and_one_line_for_what_the_user_can_mend(capsys):
+    assert cli.run("some.py", lambda: None) == 0 and cli.run("some.py", lambda: 130) == 130
+
+    def fails(error):
+        raise error
+
+    for error in (ValueError("two\n  lines"), FileNotFoundError("two lines")):
+        assert cli.run("some.py", lambda error=error: fails(error)) == 2
+        assert capsys.readouterr().err == "some.py: two lines\n"
+    # Anything else is a mistake of ours, and shows where.
+    with pytest.raises(KeyError):
+        cli.run("some.py", lambda: fails(KeyError("x")))
+
+
+def test_at_least_passes_what_is_not_given():
+    cli.at_least(1, limit=None, steps=1)
+    with pytest.raises(ValueError, match="--draws must be a whole number of at least 2; got 1"):
+        cli.at_least(2, limit=2, draws=1)
