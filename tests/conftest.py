@@ -63,9 +63,9 @@ def vlm_folder(tmp_path_factory):
 def tiny_sd(tmp_path_factory):
     from tiny_sd import build_tiny_sd
 
-    from lavender_min.teachers import attention_maps
+    from lavender_min.teachers import stable_diffusion
 
-    return attention_maps.load(str(build_tiny_sd(tmp_path_factory.mktemp("sd"))))
+    return stable_diffusion.load(str(build_tiny_sd(tmp_path_factory.mktemp("sd"))))
 
 
 @pytest.fixture

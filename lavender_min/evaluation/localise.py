@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,22 +26,17 @@ from lavender_min.data import SOURCES, Example, load, measured_split
 from lavender_min.evaluation.metrics import mass_inside, pointing
 from lavender_min.evaluation.sheet import kinds_of, regions_of
 from lavender_min.evaluation.tables import table
-from lavender_min.teachers import attention_maps
-
-
-class Trial(NamedTuple):
-    recipe: str
-    settings: dict[str, Any]
-
+from lavender_min.teachers import Recipe, attention_maps, find_recipe, stable_diffusion
+from lavender_min.teachers.stable_diffusion import StableDiffusion
 
 TRIALS = {
-    "paper": Trial("paper", {}),
-    "null-text": Trial("null-text", {}),
-    "invert": Trial("invert", {}),
-    "noise, t 51, 151, 301": Trial("noise", {}),
-    "noise, t 151": Trial("noise", {"timesteps": [151]}),
-    "noise, t 151, 4 draws": Trial("noise", {"timesteps": [151], "draws": 4}),
-    "noise, t 501": Trial("noise", {"timesteps": [501]}),
+    "paper": find_recipe("paper"),
+    "null-text": find_recipe("null-text"),
+    "invert": find_recipe("invert"),
+    "noise, t 51, 151, 301": find_recipe("noise"),
+    "noise, t 151": find_recipe("noise", timesteps=[151]),
+    "noise, t 151, 4 draws": find_recipe("noise", timesteps=[151], draws=4),
+    "noise, t 501": find_recipe("noise", timesteps=[501]),
 }
 
 
@@ -50,6 +45,10 @@ class Reading(NamedTuple):
 
     side: int | None
     content_norm: bool
+
+    def of(self, recipe: Recipe) -> Recipe:
+        resolutions = None if self.side is None else {self.side: 1.0}
+        return recipe._replace(resolutions=resolutions, content_norm=self.content_norm)
 
 
 class Score(NamedTuple):
@@ -77,9 +76,9 @@ class Known(NamedTuple):
 
 
 def localise(
-    sd: attention_maps.StableDiffusion,
+    sd: StableDiffusion,
     examples: list[Example],
-    trial: Trial,
+    recipe: Recipe,
     readings: Sequence[Reading],
     batch_size: int = 20,
 ) -> Localised:
@@ -88,15 +87,15 @@ def localise(
     known: list[Known] = []
     kinds: dict[str, None] = {}
     seconds = 0.0
-    for start in tqdm(range(0, len(examples), batch_size), desc=trial.recipe, leave=False):
+    for start in tqdm(range(0, len(examples), batch_size), desc=recipe.name, leave=False):
         some = examples[start : start + batch_size]
         pixels = torch.stack([attention_maps.frame_image(example.image(), sd.side) for example in some])
         fields, ids = [example.fields for example in some], [example.id for example in some]
         began = time.perf_counter()
-        recorded = attention_maps.record(sd, pixels, fields, ids, trial.recipe, trial.settings)
+        recorded = attention_maps.record(sd, pixels, fields, ids, recipe)
         seconds += time.perf_counter() - began
         here: list[Known] = []
-        for i, (example, words) in enumerate(zip(some, attention_maps.read(recorded), strict=True)):
+        for i, (example, words) in enumerate(zip(some, attention_maps.combine(recorded), strict=True)):
             regions = regions_of(example)
             kinds |= kinds_of(regions)
             for w, word in enumerate(words.words):
@@ -104,8 +103,8 @@ def localise(
                 if region is not None and region.kind:
                     here.append(Known(i, w, region.kind, torch.from_numpy(region.mask)))
         known += here
-        for (side, content_norm), maps in found.items():
-            of = attention_maps.read(recorded, None if side is None else {side: 1.0}, content_norm)
+        for reading, maps in found.items():
+            of = attention_maps.combine(recorded, reading.of(recipe))
             maps += [of[word.picture].maps[word.word] for word in here]
     scores = {reading: score(torch.stack(maps), known, list(kinds)) for reading, maps in found.items()}
     return Localised(scores, seconds / len(examples))
@@ -129,7 +128,7 @@ class Row(NamedTuple):
 
 def localisation_table(examples: list[Example], sd_name: str, names: Iterable[str] | None = None) -> tuple[str, float]:
     """The Markdown table of TRIALS, or of some of them, and the best pointing score for words of the first kind."""
-    sd = attention_maps.load(sd_name)
+    sd = stable_diffusion.load(sd_name)
     readings = [Reading(side, norm) for norm in (False, True) for side in (None, *sd.map_sides)]
     found: list[Row] = []
     for name in names or TRIALS:

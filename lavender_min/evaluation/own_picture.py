@@ -58,7 +58,7 @@ def answer(loaded: models.Loaded, image: Image.Image, question: str) -> Reply:
         return Reply(text, [], {})
     stored = StoredMaps(question, text, words, torch.zeros(len(words), MAP_SIDE, MAP_SIDE), 0.0)
     batch = models.collator(loaded, "whole")([(example._replace(answer=text), stored)])
-    return Reply(text, words, {name: maps[0] for name, maps in models.maps_of_batch(loaded.model, batch).items()})
+    return Reply(text, words, models.maps_of_batch(loaded.model, batch))
 
 
 def draw_reply(path: Path, image: Image.Image, reply: Reply) -> None:

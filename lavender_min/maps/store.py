@@ -61,10 +61,8 @@ class StoredMaps(NamedTuple):
     question: str
     answer: str
     words: list[Word]
-
     # The probabilities that were recorded, in float32.
     maps: Float[Tensor, "w g g"]
-
     # The share of attention that the start-of-text token took.
     sos: float
 

@@ -7,6 +7,7 @@
 If it is stopped or killed, start it again with the same arguments: it goes on where it was, with the same maps.
 """
 
+import sys
 from collections.abc import Sequence
 
 from lavender_min import cli, data
@@ -27,3 +28,7 @@ def start(argv: Sequence[str] | None) -> int:
     from lavender_min.teachers.extraction import extract
 
     return extract(flags, examples)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

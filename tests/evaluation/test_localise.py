@@ -5,9 +5,9 @@ import torch
 from tiny_sd import build_tiny_sd
 
 from lavender_min.evaluation import localise
-from lavender_min.evaluation.localise import Reading, Trial
+from lavender_min.evaluation.localise import Reading
 from lavender_min.geometry import MAP_SIDE
-from lavender_min.teachers import attention_maps
+from lavender_min.teachers import attention_maps, find_recipe, stable_diffusion
 from lavender_min.toy import data, world
 
 WORD_KINDS = {"shape": world.SHAPES, "color": world.COLORS, "size": world.SIZES}
@@ -31,19 +31,19 @@ def true_masks(example):
 
 
 def test_scores_equal_those_taken_word_by_word(folder):
-    sd = attention_maps.load(folder)
+    sd = stable_diffusion.load(folder)
     # The first with words of every kind.
     examples = localise.captions("toy", "tune", 6)
     assert [example.id for example in examples] == [f"tune-{i:05d}-caption" for i in range(6)]
     readings = [Reading(None, False), Reading(8, True)]
-    scores, seconds = localise.localise(sd, examples, Trial("noise", {"timesteps": [300]}), readings, batch_size=2)
+    scores, seconds = localise.localise(sd, examples, find_recipe("noise", timesteps=[300]), readings, batch_size=2)
     assert seconds > 0 and set(scores) == set(readings)
     for side, content_norm in readings:
         hits = {kind: [] for kind in WORD_KINDS}
         for example in examples:
             (found,) = attention_maps.word_maps(
-                sd, attention_maps.frame_image(example.image(), sd.side)[None], [example.fields], [example.id], "noise",
-                {"timesteps": [300]}, side and {side: 1.0}, content_norm,
+                sd, attention_maps.frame_image(example.image(), sd.side)[None], [example.fields], [example.id],
+                find_recipe("noise", timesteps=[300])._replace(resolutions=side and {side: 1.0}, content_norm=content_norm),
             )  # fmt: skip
             masks = true_masks(example)
             for word, map in zip(found.words, found.maps, strict=True):
@@ -60,7 +60,7 @@ def test_scores_equal_those_taken_word_by_word(folder):
 
 
 def test_the_table_has_a_row_for_every_recipe_and_resolution(folder, monkeypatch):
-    trials = {"invert": Trial("invert", {"inversion_steps": 1}), "noise": Trial("noise", {"timesteps": [9]})}
+    trials = {"invert": find_recipe("invert", inversion_steps=1), "noise": find_recipe("noise", timesteps=[9])}
     monkeypatch.setattr(localise, "TRIALS", trials)
     text, best = localise.localisation_table(localise.captions("toy", "tune", 2), folder)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
