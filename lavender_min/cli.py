@@ -35,7 +35,7 @@ class HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
     """Prints the description as it is written, and a default where there is one and the help does not name it."""
 
     def _get_help_string(self, action: Action) -> str | None:
-        if action.default is None or action.default is False or "(default" in (action.help or ""):
+        if action.default in (None, False, "") or "(default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
@@ -49,15 +49,20 @@ class Parser(HfArgumentParser):
 
 def parse(flags: type[Flags], prog: str, about: str | None, argv: Sequence[str] | None = None) -> Flags:
     """The command line as an instance of the dataclass `flags`."""
-    parser = Parser(flags, prog=prog, description=about, formatter_class=HelpFormatter, allow_abbrev=False)  # type: ignore[arg-type]
-    # transformers would also take flags from a file beside the script, extract.args, without a word.
-    return parser.parse_args_into_dataclasses(None if argv is None else list(argv), look_for_args_file=False)[0]
+    parsed, rest = parse_known(flags, prog, about, argv)
+    if rest:
+        raise ValueError(f"there is no flag {rest[0]} (see {prog} --help)")
+    return parsed
 
 
-def parse_known(flags: type[Flags], prog: str, about: str | None, argv: Sequence[str]) -> tuple[Flags, list[str]]:
+def parse_known(
+    flags: type[Flags], prog: str, about: str | None, argv: Sequence[str] | None = None
+) -> tuple[Flags, list[str]]:
     """The same, and what is left of the command line for somebody else's parser."""
-    parser = Parser(flags, prog=prog, description=about, allow_abbrev=False)  # type: ignore[arg-type]
-    parsed, rest = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    parser = Parser(flags, prog=prog, description=about, formatter_class=HelpFormatter, allow_abbrev=False)  # type: ignore[arg-type]
+    words = sys.argv[1:] if argv is None else list(argv)
+    # transformers would also take flags from a file beside the script, extract.args, without a word.
+    parsed, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     return parsed, rest
 
 
