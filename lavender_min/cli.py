@@ -35,7 +35,12 @@ class HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
     """Prints the description as it is written, and a default where there is one and the help does not name it."""
 
     def _get_help_string(self, action: Action) -> str | None:
-        if action.default in (None, False, "") or "(default" in (action.help or ""):
+        if (
+            action.default is None
+            or action.default is False
+            or action.default == ""
+            or "(default" in (action.help or "")
+        ):
             return action.help
         return super()._get_help_string(action)
 

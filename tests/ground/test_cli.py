@@ -64,7 +64,7 @@ def test_help_shows_the_description_as_it_is_and_each_default_once(capsys, monke
         (["--data", "other"], "argument --data: invalid choice: 'other' (choose from"),
         (["--data", "toy", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
         # No abbreviations: what is misspelt is an error.
-        (["--data", "toy", "--step", "1"], "Some specified arguments are not used"),
+        (["--data", "toy", "--step", "1"], "there is no flag --step"),
         (["--data", "toy", "--steps", "-1"], "--steps must be a whole number of at least 0; got -1"),
         (["--data", "toy", "--sides"], "argument --sides: expected at least one argument"),
     ],
