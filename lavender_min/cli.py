@@ -6,6 +6,7 @@ dataclass's own `__post_init__`, in a ValueError that names the flag. Nothing he
 for data that is not there, come before torch does.
 """
 
+import os
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,8 @@ from typing import Any, NoReturn, TypeVar
 
 # On its own it imports no torch.
 from transformers import HfArgumentParser
+
+from lavender_min.failing import one_line
 
 Flags = TypeVar("Flags")
 
@@ -79,9 +82,25 @@ def at_least(low: int, **values: int | None) -> None:
 
 
 def run(prog: str, main: Callable[[], int | None]) -> int:
-    """The exit code of `main`; bad input and files that cannot be had become one line on stderr, and 2."""
+    """The exit code of `main`. Whatever goes wrong is one line on stderr: 2 for bad input or files that cannot be had, 130 for
+    Ctrl-C, 1 for a fault of our own, whose traceback LAVENDER_TRACEBACK=1 shows.
+    """
     try:
         return main() or 0
     except (ValueError, OSError) as error:
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("LAVENDER_TRACEBACK") == "1":
+            raise
+        print(f"{prog}: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("LAVENDER_TRACEBACK") == "1":
+            raise
+        print(
+            f"{prog}: this is a bug in lavender-min ({type(error).__name__}: {one_line(error)}); "
+            "run again with LAVENDER_TRACEBACK=1 and report it",
+            file=sys.stderr,
+        )
+        return 1
