@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lavender_min.geometry import PatchLayout
 
-EPS = 1e-6  # in the min-max normalisation, as in the paper's code
+# in the min-max normalisation, as in the paper's code
+EPS = 1e-6
 
 
 def word_attention(
@@ -58,8 +59,9 @@ def word_attention(
     masks = [None] * len(queries) if mask is None else by_key_head(mask, counts, hkv)
     # unbind: the gradient of a slice would be as large as all of K, once for every slice
     keys = rearrange(key, "b hkv p d -> (b hkv) p d").unbind()
+    layouts = list(zip(layout.index.long(), layout.resize_y.to(dtype), layout.resize_x.to(dtype), strict=True))
     maps = [
-        head_maps(q, k.to(dtype), m, *(part[i // hkv] for part in layout))
+        head_maps(q, k.to(dtype), m, *layouts[i // hkv])
         for i, (q, k, m) in enumerate(zip(queries, keys, masks, strict=True))
     ]
     out = torch.cat([torch.cat(maps[i : i + hkv], 1) for i in range(0, b * hkv, hkv)])
@@ -79,11 +81,11 @@ def head_maps(
     scores = (query.flatten(0, 1) @ key.mT).view(n, group, p)
     if mask is not None:
         scores += mask
-    cells = index.long().clamp(min=0).flatten().expand(n, group, -1)
+    cells = index.clamp(min=0).flatten().expand(n, group, -1)
     canvas = scores.softmax(-1).gather(-1, cells).unflatten(-1, index.shape)
     if (index < 0).any():
         canvas = canvas.masked_fill(index < 0, 0)
-    return resize_y.to(canvas) @ canvas @ resize_x.to(canvas).mT
+    return resize_y @ canvas @ resize_x.mT
 
 
 def by_key_head(x: Float[Tensor, "n h _"], counts: Sequence[int], hkv: int) -> list[Tensor]:
@@ -141,6 +143,7 @@ def aligner_mse(
     predicted = einsum(features, weight.to(dtype), "m c gy gx, c -> m gy gx") + bias.to(dtype)
     if output == "minmax":
         low, high = predicted.amin((1, 2), keepdim=True), predicted.amax((1, 2), keepdim=True)
-        spread = torch.where(high > low, high - low + EPS, torch.inf)  # x / inf: value 0, gradient 0
+        # x / inf: value 0, gradient 0
+        spread = torch.where(high > low, high - low + EPS, torch.inf)
         predicted = (predicted - low) / spread
     return (predicted - target).square().sum() / max(predicted.numel(), 1)

@@ -6,6 +6,7 @@ where it also runs the kernels through Triton's interpreter.
 
 import json
 
+import jaxtyping
 import pytest
 import torch
 from alternatives import (
@@ -46,7 +47,9 @@ def test_word_attention_at_llama_sizes():
 
 @pytest.mark.benchmark
 @pytest.mark.skipif(DEVICE == "cuda", reason="measures CPU time")
-def test_the_pytorch_backend_is_as_fast_and_as_small_as_rows_first():
+def test_the_pytorch_backend_is_as_fast_and_as_small_as_rows_first(monkeypatch):
+    # outside the tests nothing checks annotations at run time
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     ratio = word_ratio("Llama-3.2 1", turns=25, **LLAMA)
     print(
         f"\nPyTorch backend over rows first: time {ratio.forward_time:.2f} forward, {ratio.both_time:.2f} with backward; "
@@ -61,7 +64,8 @@ def test_the_pytorch_backend_is_as_fast_and_as_small_as_rows_first():
 def test_word_attention_sweeps():
     sweeps = {"n": [4, 16, 32, 64, 256], "t": [128, 512, 2048, 8192], "tiles": [1, 2, 3, 4], "b": [1, 2, 4, 8]}
     names = {"n": "picked tokens", "t": "text tokens", "tiles": "tiles", "b": "batch"}
-    if DEVICE == "cpu":  # eager full maps take seconds a call here
+    if DEVICE == "cpu":
+        # eager full maps take seconds a call here
         sweeps = {"n": [4, 64], "t": [128, 512], "tiles": [1, 4], "b": [1, 2]}
     rows = []
     for axis, values in sweeps.items():
