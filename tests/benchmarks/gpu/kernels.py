@@ -1,0 +1,143 @@
+"""Time and memory of the three ops beside every honest alternative, and which block sizes are best on this device.
+
+Each row is one way to compute the same thing: ours, eager PyTorch, rows first (plain and compiled), one-hot values; forward alone and with
+its backward, the median of many runs, and the most memory held beside the inputs. `of_copy` and `of_matmul` say which share of what
+the device reaches at all (a large copy, a large matrix product) was reached by the bytes and flops that have to be moved and done.
+
+The search varies one block size of word_attention at a time and keeps what is fastest, forward and backward together. What does not
+compile, does not fit or is not right any more drops out. The block sizes in the code were chosen by compiling, never by time.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from gpu.record import Record, ceilings
+from gpu.right import word_maps
+from measure import DEVICE, DTYPE, Row, milliseconds
+
+from lavender_min.geometry import PatchLayout, resize_matrix
+from lavender_min.kernels import word_attention
+
+try:
+    import alternatives
+except ImportError:  # until the alternatives have a file of their own
+    import test_benchmarks as alternatives
+
+LLAMA = {"h": 32, "hkv": 8, "d": 128, "t": 512, "n": 32, "tiles": 4, "b": 1, "patches": 40, "g": 32}
+TINY = {"h": 2, "hkv": 1, "d": 16, "t": 8, "n": 2, "tiles": 1, "b": 1, "patches": 4, "g": 4}
+CANDIDATES = {"BR": (16, 32, 64, 128), "BX": (16, 32, 64), "BK": (32, 64, 128), "num_warps": (4, 8)}
+TINY_CANDIDATES: dict[str, tuple[int, ...]] = {"BX": (16, 32)}
+
+
+def measurements(tiny: bool) -> dict[str, Callable[[], list[Row]]]:
+    """What is measured, in order of importance; the first of each op is the one in the README."""
+    word, diffusion, aligner = alternatives.word_rows, alternatives.diffusion_rows, alternatives.aligner_rows
+    if tiny:
+        few: dict[str, Any] = {"backends": ("triton",)}
+        return {
+            "word_attention": partial(word, "small", compiled=False, **few, **TINY),
+            "diffusion_attention": partial(diffusion, 4, 8, b=1, h=2, length=5, w=2, **few),
+            "aligner_mse": partial(aligner, 2, 2, 4, compiled=False, **few),
+        }
+    sweeps = {"n": (4, 256), "t": (2048,), "b": (8,), "tiles": (1,)}
+    return {
+        "word_attention": partial(word, "Llama-3.2", **LLAMA),
+        "diffusion_attention": partial(diffusion, 64, 40),
+        "aligner_mse": alternatives.aligner_rows,
+        **{f"diffusion_attention {side}": partial(diffusion, side, d) for side, d in ((32, 80), (16, 160))},
+        **{
+            f"word_attention {axis} {value}": partial(word, f"{axis} {value}", compiled=False, **LLAMA | {axis: value})
+            for axis, values in sweeps.items()
+            for value in values
+        },
+    }
+
+
+def run(record: Record) -> None:
+    most = ceilings(record.tiny, DTYPE)
+    record.add("ceilings", **most)
+    for name, make in measurements(record.tiny).items():
+        with record.trying(name):
+            rows = make()
+            for row in rows:
+                _, case, method, *numbers = row
+                shares = {"of_copy": row.gbps / most["copy_gbps"], "of_matmul": row.tflops / most["matmul_tflops"]}
+                record.add(f"{name}: {case}, {method}", **dict(zip(Row._fields[3:], numbers, strict=True)), **shares)
+            record.add(name, **beside(rows))
+    with record.trying("blocks"):
+        search(record, TINY if record.tiny else LLAMA, TINY_CANDIDATES if record.tiny else CANDIDATES)
+
+
+def beside(rows: list[Row]) -> dict[str, Any]:
+    """Ours, and the fastest of the others."""
+    ours, other = rows[0], min(rows[1:], key=lambda row: row.both_ms)
+    return {
+        "ours_ms": ours.both_ms, "ours_mib": ours.both_mib, "faster": other.both_ms / ours.both_ms,
+        "other": other.method, "other_ms": other.both_ms, "other_mib": other.both_mib,
+    }  # fmt: skip
+
+
+# --- block sizes ------------------------------------------------------------------------------------------------------
+
+
+def once(h, hkv, d, t, n, tiles, b, patches, g) -> Callable[[], list[torch.Tensor]]:
+    """A call of the kernel at these sizes: its maps and its gradients. Patches lie as in Llama 3.2: four tiles are two by two."""
+    high, wide = patches * (2 if tiles == 4 else 1), patches * min(tiles, 2)
+    y, x = torch.arange(high)[:, None], torch.arange(wide)
+    index = (y // patches * 2 + x // patches) * (patches**2 + 1) + 1 + y % patches * patches + x % patches
+    layout = PatchLayout(
+        index.int().expand(b, -1, -1), *(resize_matrix(m, g).expand(b, -1, -1) for m in (high, wide))
+    ).to(DEVICE)
+    inputs = [
+        torch.randn(b, many, heads, d, device=DEVICE, dtype=DTYPE).transpose(1, 2).requires_grad_()
+        for many, heads in ((t, h), (tiles * (patches**2 + 1), hkv))
+    ]
+    rows = torch.cat([torch.randperm(t)[:n] for _ in range(b)]).int().to(DEVICE)
+    gradient = torch.randn(b * n, h, g, g, device=DEVICE)
+
+    def call() -> list[torch.Tensor]:
+        out = word_maps(*inputs, rows, [n] * b, layout, backend="triton")
+        return [out.detach(), *torch.autograd.grad(out, inputs, gradient)]
+
+    return call
+
+
+def search(record: Record, sizes: dict[str, int], candidates: dict[str, tuple[int, ...]]) -> None:
+    """From the block sizes in the code, one after the other, to the fastest found; printed as the dict to put there."""
+    original, used = word_attention.blocks, []
+    with patch.object(word_attention, "blocks", lambda *args: used.append(original(*args)) or used[-1]):
+        call = once(**sizes)
+        wanted = call()
+    best, best_ms = dict(used[0]), milliseconds(call)
+    record.add("blocks in the code", ms=best_ms, blocks=dict(best))
+    for axis, values in candidates.items():
+        for value in values:
+            tried = best | {axis: value}
+            if value == best[axis] or record.left() < 15:
+                continue
+            with patch.object(word_attention, "blocks", lambda *_, tried=tried: tried):
+                ms, reason = timed(call, wanted)
+            if reason:
+                record.add(f"blocks {tried}", dropped=reason)
+                continue
+            record.add(f"blocks {tried}", ms=ms)
+            if ms < best_ms:
+                best, best_ms = tried, ms
+    record.add("blocks", ms=best_ms, blocks=best)
+    print(f"  best blocks for group {sizes['h'] // sizes['hkv']}, d {sizes['d']}, {DTYPE}: {best}")
+
+
+def timed(call: Callable[[], list[torch.Tensor]], wanted: list[torch.Tensor]) -> tuple[float, str]:
+    """Milliseconds, and why these blocks will not do (empty: they will)."""
+    try:
+        found = call()
+        for x, y in zip(found, wanted, strict=True):
+            # other blocks add up in another order: the same to the precision of the inputs
+            if not (x - y).abs().max() <= 4 * torch.finfo(DTYPE).eps * y.abs().max():
+                return 0.0, "gives other numbers"
+        return milliseconds(call), ""
+    except Exception as error:  # what the compiler says of a shape it cannot take has many types
+        return 0.0, f"{type(error).__name__}: {str(error)[:200]}"
