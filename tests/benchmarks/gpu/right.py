@@ -44,7 +44,7 @@ DIFFUSION_SHAPES = {"64²": {"q": 4096, "b": 4}, "five tokens": {"length": 5, "q
 ALIGNER: dict[str, Any] = {"m": 64, "c": 32, "g": (32, 32), "output": "minmax"}
 ALIGNER_SHAPES = {"odd": {"m": 3, "c": 5, "g": (6, 7)}, "no normalisation": {"output": "none"}, "large": {"g": (128, 128), "m": 3}}
 # The interpreter takes a second for what a GPU does in microseconds.
-TINY_WORD = WORD | {"h": 4, "t": 5, "p": 23, "d": 8, "counts": (2, 1), "canvas": (3, 4), "g": (4, 3)}
+TINY_WORD = WORD | {"h": 2, "hkv": 1, "t": 5, "p": 19, "d": 8, "counts": (2, 1), "canvas": (3, 4), "g": (4, 3)}
 TINY_DIFFUSION = {"b": 1, "h": 2, "q": 18, "length": 7, "d": 10, "w": 3}
 TINY_ALIGNER = ALIGNER | {"m": 3, "c": 3, "g": (5, 4)}
 
