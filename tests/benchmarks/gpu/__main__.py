@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
-# Python puts the folder of a script first on its path. There this one's `kernels` would pass for Hugging Face's package of that name.
+# Python puts the folder of a script first on its path, where this one's `kernels` would pass for Hugging Face's package of that
+# name.
 sys.path[0:1] = [str(BENCHMARKS), str(BENCHMARKS.parent), str(BENCHMARKS.parents[1])]
 
 from gpu.runner import main  # noqa: E402

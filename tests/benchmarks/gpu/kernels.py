@@ -1,8 +1,9 @@
 """Time and memory of the three ops beside every honest alternative, and which block sizes are best on this device.
 
-Each row is one way to compute the same thing: ours, eager PyTorch, rows first (plain and compiled), one-hot values; forward alone and with
-its backward, the median of many runs, and the most memory held beside the inputs. `of_copy` and `of_matmul` say which share of what
-the device reaches at all (a large copy, a large matrix product) was reached by the bytes and flops that have to be moved and done.
+Each row is one way to compute the same thing: ours, eager PyTorch, rows first (plain and compiled), one-hot values. It is timed
+alone and with its backward, as the median of many runs, beside the most memory held beyond the inputs. The bytes that have to be
+moved and the flops that have to be done are set against what the device reaches in a large copy (`of_copy`) and in a large matrix
+product (`of_matmul`).
 
 The search varies one block size of word_attention at a time and keeps what is fastest, forward and backward together. What does not
 compile, does not fit or is not right any more drops out. The block sizes in the code were chosen by compiling, never by time.
@@ -14,10 +15,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from gpu.record import Record, ceilings
-from gpu.right import word_maps
 from measure import DEVICE, DTYPE, Row, milliseconds
 
+from gpu.cases import word_maps
+from gpu.record import Record, ceilings
 from lavender_min.geometry import PatchLayout, resize_matrix
 from lavender_min.kernels import word_attention
 
@@ -26,8 +27,7 @@ try:
 except ImportError:  # until the alternatives have a file of their own
     import test_benchmarks as alternatives
 
-LLAMA = {"h": 32, "hkv": 8, "d": 128, "t": 512, "n": 32, "tiles": 4, "b": 1, "patches": 40, "g": 32}
-TINY = {"h": 2, "hkv": 1, "d": 16, "t": 8, "n": 2, "tiles": 1, "b": 1, "patches": 4, "g": 4}
+TINY = {"h": 2, "hkv": 1, "d": 16, "t": 4, "n": 1, "tiles": 1, "b": 1, "patches": 2, "g": 2}
 CANDIDATES = {"BR": (16, 32, 64, 128), "BX": (16, 32, 64), "BK": (32, 64, 128), "num_warps": (4, 8)}
 TINY_CANDIDATES: dict[str, tuple[int, ...]] = {"BX": (16, 32)}
 
@@ -44,12 +44,14 @@ def measurements(tiny: bool) -> dict[str, Callable[[], list[Row]]]:
         }
     sweeps = {"n": (4, 256), "t": (2048,), "b": (8,), "tiles": (1,)}
     return {
-        "word_attention": partial(word, "Llama-3.2", **LLAMA),
+        "word_attention": partial(word, "Llama-3.2", **alternatives.LLAMA),
         "diffusion_attention": partial(diffusion, 64, 40),
         "aligner_mse": alternatives.aligner_rows,
         **{f"diffusion_attention {side}": partial(diffusion, side, d) for side, d in ((32, 80), (16, 160))},
         **{
-            f"word_attention {axis} {value}": partial(word, f"{axis} {value}", compiled=False, **LLAMA | {axis: value})
+            f"word_attention {axis} {value}": partial(
+                word, f"{axis} {value}", compiled=False, **alternatives.LLAMA | {axis: value}
+            )
             for axis, values in sweeps.items()
             for value in values
         },
@@ -68,7 +70,7 @@ def run(record: Record) -> None:
                 record.add(f"{name}: {case}, {method}", **dict(zip(Row._fields[3:], numbers, strict=True)), **shares)
             record.add(name, **beside(rows))
     with record.trying("blocks"):
-        search(record, TINY if record.tiny else LLAMA, TINY_CANDIDATES if record.tiny else CANDIDATES)
+        search(record, TINY if record.tiny else alternatives.LLAMA, TINY_CANDIDATES if record.tiny else CANDIDATES)
 
 
 def beside(rows: list[Row]) -> dict[str, Any]:

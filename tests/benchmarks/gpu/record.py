@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu.results import write_json
 from measure import device_name, milliseconds
+
+from gpu.results import write_json
 
 PACKAGES = ("torch", "triton", "transformers", "diffusers", "peft", "bitsandbytes")
 
@@ -36,7 +37,9 @@ class Record:
     def add(self, name: str, **numbers: Any) -> None:
         self.numbers[name] = numbers
         self.write()
-        shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items())
+        shown = (
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items()
+        )
         print(f"  {name}: {', '.join(shown)}", flush=True)
 
     def fail(self, name: str, reason: str) -> None:

@@ -1,7 +1,7 @@
 """The file of all that was measured: written whole, kept by the name of the device, and what failed in it.
 
-    {"tiny": false, "parts": {part: {"about": versions, "numbers": {measurement: {…}}, "failed": {measurement: why},
-                                     "seconds": …, "error": null or one line, "log": its end where there was an error}}}
+It holds `tiny`, and `parts`: of every part `about` (device and versions), `numbers` by measurement, `failed` (measurement ─► why),
+`seconds`, `error` (one line, or null where it ended well) and `log` (the end of what it said, where there was an error).
 """
 
 import json

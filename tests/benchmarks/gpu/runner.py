@@ -2,9 +2,9 @@
 
     python3 tests/benchmarks/gpu [--only PART …] [--budget SECONDS] [--out DIR] [--tiny]
 
-A part that fails, hangs or takes the interpreter down loses what it had not yet measured; the next one starts fresh. The JSON
-(gpu.json in --out, else in $OUT, else in runs/gpu) is renewed while a part runs; what the parts say on stderr is in log.txt beside it. Of
-a real run the numbers also go to tests/benchmarks/results, where the README's table takes them from. Exit status 1: something failed.
+A part that fails, hangs or takes the interpreter down loses what it had not yet measured; the next one starts fresh. The JSON,
+gpu.json in --out, is renewed while a part runs; what the parts say on stderr is in log.txt beside it. Of a real run the numbers
+also go to tests/benchmarks/results, where the README's table takes them from. Exit status 1: something failed.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Stage 1 with Stable Diffusion v1.4 at full size, random weights, fp16, 512 px: how many pictures a second become word maps.
 
-Each recipe at the batch that fits the memory, plain and with torch.compile; how much of the time is the UNet's, and which share of what a
-matrix product reaches here (`of_matmul`: the flops of all UNet passes over the whole time). Then one pass of the UNet not recorded,
-recorded by us, and recorded in the way of two public projects: time, and memory beyond the weights.
+Each recipe at the batch that fits the memory, plain and with torch.compile: how much of the time is the UNet's, and which share of
+a large matrix product's speed is reached (`of_matmul`: the flops of all UNet passes over the whole time). Then one pass of the
+UNet not recorded, recorded by us, and recorded in the way of two public projects: time, and memory beyond the weights.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu.peers import AttentionMapDiffusers, Daam
-from gpu.record import Record, ceilings
 from measure import DEVICE, extra_peak_mib, milliseconds
 from torch.utils.flop_counter import FlopCounterMode
 
+from gpu.peers import AttentionMapDiffusers, Daam
+from gpu.record import Record, ceilings
 from lavender_min.teachers import attention_maps, stable_diffusion
 from lavender_min.teachers.recipes import RECIPES
 from lavender_min.teachers.recording import Recorder, recording
@@ -27,8 +27,10 @@ TOKENIZER = Path(stable_diffusion.__file__).parents[1] / "toy/models/sd/tokenize
 CAPTION, TINY_CAPTION = ({"answer": text} for text in ("a red circle is left of a blue square", "a red dog"))
 MOST = {"paper": 64, "noise": 64, "invert": 64, "null-text": 16}  # pictures at once to try; null-text has 119 passes
 TINY_STEPS: dict[str, dict[str, int]] = {
-    "paper": {"inversion_steps": 1, "denoising_steps": 1}, "invert": {"inversion_steps": 1}, "null-text": {"steps": 2, "inner_steps": 1},
-}  # fmt: skip
+    "paper": {"inversion_steps": 1, "denoising_steps": 1},
+    "invert": {"inversion_steps": 1},
+    "null-text": {"steps": 2, "inner_steps": 1},
+}
 # v1.4's configs, where they differ from the defaults of their classes.
 UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
 VAE: dict[str, Any] = {
@@ -82,7 +84,8 @@ def run(record: Record) -> None:
     sd = small() if record.tiny else full_size()
     flops, most = pass_flops(sd), ceilings(record.tiny, sd.unet.dtype)["matmul_tflops"]
     setup = Setup(sd, TINY_CAPTION, TINY_STEPS, flops, most) if record.tiny else Setup(sd, CAPTION, {}, flops, most)
-    record.add("UNet", parameters=sum(p.numel() for p in sd.unet.parameters()), gflops_a_pass=flops / 1e9, matmul_tflops=most)
+    size = sum(parameter.numel() for parameter in sd.unet.parameters())
+    record.add("UNet", parameters=size, gflops_a_pass=flops / 1e9, matmul_tflops=most)
     for recipe, pictures in MOST.items():
         with record.trying(recipe):
             tried = 1 if record.tiny else pictures

@@ -1,33 +1,31 @@
 """The training step of a whole host in 4 bits, plain and with each way to align: time, memory, and what the planner said of it.
 
-The architecture is the real one, the weights are random. The model is made without memory; then each layer in turn gets its numbers on the
-GPU and is packed to NF4 (double quantisation) before the next one comes, so 22 GB never exist at once. A step is forward,
-backward and the optimiser's, with activations checkpointed, 512 tokens of which 32 answer, each a word of its own, four tiles.
+The architecture is the real one, the weights are random (see random_host.py). A step is forward, backward and the optimiser's, with
+activations checkpointed, 512 tokens of which 32 answer, each a word of its own, and a picture of four tiles.
 
 `HOSTS` holds what is measured; a second architecture is one more entry.
 """
 
 import gc
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from gpu.record import Record
 from measure import DEVICE, extra_peak_mib
-from torch import nn
-from transformers import AutoModelForImageTextToText, MllamaConfig
+from transformers import MllamaConfig
 
+from gpu.random_host import HALF, Host, Size, held_bytes, random_host, real_batch
+from gpu.record import Record
 from lavender_min.align.aligner import Align
-from lavender_min.geometry import MAP_SIDE, resize_matrix
 from lavender_min.hosts import mllama
 from lavender_min.tuning import memory, runs
 from lavender_min.tuning.model import Lavender
 
-MIB, HALF = 2**20, torch.bfloat16
+MIB = 2**20
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"plain": True},
     "layer-mean": {"aggregate": "layer-mean"},
@@ -45,18 +43,6 @@ TINY = {
     ),
     "image_token_index": 64,
 }  # fmt: skip
-
-
-class Size(NamedTuple):
-    b: int
-    tokens: int
-    answer: int  # tokens of the answer
-    rank: int  # of the low-rank parallel projections
-
-
-class Host(NamedTuple):
-    config: Any
-    family: Any
 
 
 HOSTS: dict[str, Callable[[bool], Host]] = {
@@ -77,7 +63,7 @@ def run(record: Record) -> None:
             host.config.save_pretrained(folder)
             plain = adapted(host, vlm, folder)
             for b in (1, 2):
-                size, plain_ms = Size(b, tokens, answer, rank), 0.0
+                size, plain_ms = Size(b, tokens, answer, rank), math.nan
                 for case in CASES:
                     what = f"{name}, batch {b}, {case}"
                     with record.trying(what):
@@ -85,71 +71,10 @@ def run(record: Record) -> None:
                         plain_ms = row["ms"] if case == "plain" else plain_ms
                         seconds = row["ms"] / 1e3
                         speed = {"pictures_per_second": b / seconds, "tokens_per_second": b * tokens / seconds}
-                        record.add(what, **row, **speed, time_to_plain=row["ms"] / plain_ms if plain_ms else None)
+                        record.add(what, **row, **speed, time_to_plain=row["ms"] / plain_ms)
                     if DEVICE == "cuda":  # the next case's weights beside the host are its own
                         gc.collect()
                         torch.cuda.empty_cache()
-
-
-# --- the host ---------------------------------------------------------------------------------------------------------
-
-
-def random_host(host: Host, dtype: torch.dtype = HALF) -> Any:
-    """The hooked host with random weights on DEVICE, all linear layers but lm_head in NF4, packed one by one."""
-    with init_empty_weights(include_buffers=False):
-        vlm = AutoModelForImageTextToText.from_config(host.config, dtype=dtype)
-    for name, module in list(vlm.named_modules()):
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            value = torch.randn(parameter.shape, dtype=dtype, device=DEVICE).mul_(0.02)
-            value += 1 if "norm" in name and key == "weight" else 0
-            setattr(module, key, nn.Parameter(value, requires_grad=False))
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            vlm.set_submodule(name, packed(module, dtype))
-    vlm.to(DEVICE)
-    vlm.is_loaded_in_4bit = True  # PEFT goes by this
-    host.family.hook(vlm)
-    return vlm
-
-
-def packed(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """In NF4, the scales of 64 numbers once more in 8 bits."""
-    import bitsandbytes as bnb
-
-    layer: Any = bnb.nn.Linear4bit(
-        linear.in_features, linear.out_features, linear.bias is not None,
-        compute_dtype=dtype, quant_type="nf4", device="meta",
-    )  # fmt: skip
-    layer.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to(DEVICE)
-    layer.bias = linear.bias
-    layer.support_avx512bf16_for_cpu = False  # on a CPU: no repacking, which takes widths of 64 only
-    return layer
-
-
-def real_batch(config: Any, size: Size) -> dict[str, Any]:
-    """`memory.make_batch` with numbers: the last tokens answer, the picture fills four tiles."""
-    b, tokens, answer, _ = size
-    pixels = config.vision_config.image_size
-    side = pixels // config.vision_config.patch_size
-    ids = torch.randint(3, config.text_config.vocab_size, (b, tokens))
-    word_tokens = torch.arange(tokens - answer, tokens, dtype=torch.int32).expand(b, -1)[..., None].contiguous()
-    y, x = torch.arange(2 * side)[:, None], torch.arange(2 * side)[None]
-    index = (y // side * 2 + x // side) * (side * side + 1) + 1 + y % side * side + x % side
-    matrix = resize_matrix(2 * side).expand(b, -1, -1).contiguous()
-    batch = {
-        name: torch.ones(value.shape, dtype=value.dtype)
-        for name, value in memory.make_batch(config, b, tokens, answer).items()
-        if name != "layout"
-    } | {
-        "input_ids": ids,
-        "pixel_values": torch.randn(b, 1, 4, 3, pixels, pixels),
-        "aspect_ratio_ids": torch.full((b, 1), 6),  # two by two
-        "labels": ids.where(torch.arange(tokens) >= tokens - answer, -100),
-        "word_tokens": word_tokens,
-        "word_rows": word_tokens - 1,
-        "targets": torch.rand(b, answer, MAP_SIDE, MAP_SIDE),
-        "layout": [index.int().expand(b, -1, -1).contiguous(), matrix, matrix.clone()],
-    }
-    return {k: [x.to(DEVICE) for x in v] if isinstance(v, list) else v.to(DEVICE) for k, v in batch.items()}
 
 
 # --- the step: all that this benchmark knows of lavender_min.tuning stands in the next two functions ---------------------
@@ -160,11 +85,10 @@ def adapted(host: Host, vlm: Any, folder: str) -> Lavender:
     return runs.build(runs.ModelFlags(folder, mode="qlora", plain=True), HALF, loaded=(vlm, None, host.family))[0]
 
 
-def step_of(
-    host: Host, plain: Lavender, folder: str, case: str, size: Size
-) -> tuple[Lavender, dict[str, Any], float]:
+def step_of(host: Host, plain: Lavender, folder: str, case: str, size: Size) -> tuple[Lavender, dict[str, Any], float]:
     """The model to train, a batch for it, and the bytes that the planner expects at the step's worst moment."""
-    flags = runs.ModelFlags(**{"vlm": folder, "mode": "qlora", "match": "all", "parallel_rank": size.rank} | CASES[case])
+    usual = {"vlm": folder, "mode": "qlora", "match": "all", "parallel_rank": size.rank}
+    flags = runs.ModelFlags(**usual | CASES[case])
     empty = memory.build(flags, HALF)
     empty.gradient_checkpointing_enable()
     batch = memory.make_batch(host.config, size.b, size.tokens, size.answer)
@@ -218,15 +142,3 @@ def measured(model: Any, batch: dict[str, Any], planned: float, repeats: int) ->
         "ms": statistics.median(times), "peak_gib": peak / 2**30, "planned_gib": planned / 2**30,
         "planner_error": planned / peak - 1, "trained": sum(p.numel() for p in trained),
     }  # fmt: skip
-
-
-def held_bytes(module: nn.Module) -> int:
-    """Weights, and what 4-bit ones need beside their codes."""
-    tensors: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensors[id(tensor)] = tensor
-        state = getattr(tensor, "quant_state", None)
-        if state is not None:
-            parts = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
-            tensors |= {id(part): part for part in parts}
-    return sum(tensor.nbytes for tensor in tensors.values())

@@ -26,6 +26,7 @@ class Line(NamedTuple):
 
 
 LLAMA = "Llama-3.2-11B-Vision"
+PASS = "{ms:.3g} ms, {extra_mib:.0f} MiB"
 OP = "{ours_ms:.3g} ms, {ours_mib:.3g} MiB; {faster:.2g}× as fast as {other}, which takes {other_mib:.3g} MiB"
 STEP = "{ms:.0f} ms ({time_to_plain:.2f} of plain), {peak_gib:.2f} GiB, planned {planned_gib:.2f}"
 MAPS = "{pictures_per_second:.3g} pictures/s at {batch}, {peak_gib:.1f} GiB, {of_matmul:.0%} of the matmul ceiling"
@@ -39,15 +40,20 @@ LINES = [
     Line("stage 1, recipe noise", "stage1", "noise", MAPS),
     Line("stage 1, recipe noise, `--compile`", "stage1", "noise, compiled", MAPS),
     Line("stage 1, recipe null-text", "stage1", "null-text", MAPS),
-    Line("a UNet pass, 8 pictures, not recorded", "stage1", "one pass, not recorded", "{ms:.3g} ms, {extra_mib:.0f} MiB"),
-    Line("a UNet pass, recorded", "stage1", "one pass, ours", "{ms:.3g} ms, {extra_mib:.0f} MiB"),
-    Line("a UNet pass, recorded as DAAM does", "stage1", "one pass, DAAM", "{ms:.3g} ms, {extra_mib:.0f} MiB"),
+    Line("a UNet pass, 8 pictures, not recorded", "stage1", "one pass, not recorded", PASS),
+    Line("a UNet pass, recorded", "stage1", "one pass, ours", PASS),
+    Line("a UNet pass, recorded as DAAM does", "stage1", "one pass, DAAM", PASS),
     *(
         Line(f"stage 2, a step, batch {b}, {case}", "stage2", f"{LLAMA}, batch {b}, {case}", STEP)
         for b in (1, 2)
         for case in ("plain", "layer-mean", "learn, low rank", "learn, full rank")
     ),
-    Line("toy tuning, losses beside a CPU's", "whole", "lavender-0, device and CPU", "{most_apart:.1%} apart after {steps} steps"),
+    Line(
+        "toy tuning, losses beside a CPU's",
+        "whole",
+        "lavender-0, device and CPU",
+        "{most_apart:.1%} apart in {steps} steps",
+    ),
 ]
 
 

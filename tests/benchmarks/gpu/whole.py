@@ -1,8 +1,8 @@
 """The whole way on the toy world: the commands of experiments/demo.sh on the device, and a few of their steps beside a CPU's.
 
-First the short way, in two processes at once, one of which sees no GPU: maps of a few pictures, then a few steps of plain and of Lavender tuning, all in
-fp32, so that only the device differs: the losses must agree, the first ones closely, the later ones as long as rounding lets them.
-Then the demo as it stands, with the numbers and the optimiser that a GPU gets. In small, only its report.
+First the short way, in two processes at once, of which one sees no GPU: maps of a few pictures, then a few steps of plain and of
+Lavender tuning. All is in fp32, so that only the device differs: the first losses must agree, later ones drift apart by rounding.
+Then the demo as it stands, with the numbers and the optimiser that a GPU gets; in small only the short way.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from gpu.record import Record
 ROOT = Path(__file__).resolve().parents[3]
 ALIKE = 0.01  # share by which the first losses may differ
 # Prints what it was called with instead of running it: one argument a unit separator, one call a line.
-STUB = "#!/bin/sh\n{ for x in \"$@\"; do printf '%s\\037' \"$x\"; done; printf '\\n'; } >> \"$COMMANDS\"\n"
+STUB = '#!/bin/sh\n{ for x in "$@"; do printf \'%s\\037\' "$x"; done; printf \'\\n\'; } >> "$COMMANDS"\n'
 EXACT = ["--bf16", "false", "--fp16", "false", "--optim", "adamw_torch", "--lora_dropout", "0", "--logging_steps", "1"]
 
 
@@ -48,7 +48,7 @@ def shortened(commands: Sequence[list[str]], steps: int, batch: int) -> list[lis
             *("--limit", pictures, "--max_steps", str(steps), "--per_device_train_batch_size", str(batch)),
             *("--save_strategy", "no", *EXACT),
         ],
-        "evaluate.py": ["--scenes", "2"],
+        "evaluate.py": ["--scenes", "1"],
     }
     return [command + more[command[0]] for command in commands]
 
@@ -116,6 +116,7 @@ def run(record: Record) -> None:
 
 def compare(record: Record, name: str, device: list[float], cpu: list[float]) -> None:
     apart = [abs(x - y) / abs(y) for x, y in zip(device, cpu, strict=True)]
-    record.add(f"{name}, device and CPU", first_apart=apart[0], most_apart=max(apart), steps=len(apart), last_loss=device[-1])
+    what = f"{name}, device and CPU"
+    record.add(what, first_apart=apart[0], most_apart=max(apart), steps=len(apart), last_loss=device[-1])
     if not apart[0] <= ALIKE:
-        record.fail(f"{name}, device and CPU", f"the first losses are {device[0]:.4f} and {cpu[0]:.4f}")
+        record.fail(what, f"the first losses are {device[0]:.4f} and {cpu[0]:.4f}")
