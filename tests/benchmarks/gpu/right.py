@@ -15,13 +15,15 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpu.cases import TINY, WAYS, Case, cases, draw
-from gpu.record import Record, last_line
+from gpu.record import Record
+
+TOOLS = ("memcheck", "racecheck")
 
 
 def values(function, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -53,36 +55,29 @@ def check(case: Case) -> dict[str, Any]:
     error, bound = pairs[worst][0], 2 * pairs[worst][1] + 1e-5
     same = all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
     fine = share_of_bound(*pairs[worst]) <= 1 and same
-    return {"error": error, "bound": bound, "value": worst, "twice the same": same, "right": fine}
+    return {"error": error, "bound": bound, "value": worst, "twice": same, "right": fine}
 
 
 def run(record: Record) -> None:
     todo = cases(record.tiny)
+    looking = {} if record.tiny else {tool: sanitizer(tool) for tool in TOOLS}  # on other processors, meanwhile
     workers = 1 if record.tiny else min(8, os.cpu_count() or 1)
+    right = 0
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        found = [(case, pool.submit(check, case)) for case in todo]
-        if not record.tiny:
-            for tool in ("memcheck", "racecheck"):
-                with record.trying(tool):
-                    sanitize(record, tool)
-        for case, future in found:
+        for case, future in [(case, pool.submit(check, case)) for case in todo]:
             name = f"{case.op} {case.dtype}, {case.what}"
-            try:
+            with record.trying(name):
                 row = future.result()
-            except Exception as error:
-                record.fail(name, last_line(error))
-                continue
-            record.add(name, **row)
-            if not row["right"]:
-                record.fail(
-                    name, f"error {row['error']:.2e}, bound {row['bound']:.2e}, twice the same: {row['twice the same']}"
-                )
+                record.add(name, **row)
+                right += row["right"]
+                if not row["right"]:
+                    raise ArithmeticError("error {error:.2e}, bound {bound:.2e}, twice the same: {twice}".format(**row))
+    record.add("all", right=right, cases=len(todo))
     if record.tiny:
         record.add("bfloat16", skipped="wrong in Triton's interpreter")
-        record.add("memcheck", skipped="needs a GPU")
-        record.add("racecheck", skipped="needs a GPU")
-    right = sum(row.get("right", False) for row in record.numbers.values())
-    record.add("all", right=right, cases=len(todo))
+    for tool in TOOLS:
+        with record.trying(tool):
+            record.add(tool, **verdict(looking.get(tool), max(1.0, record.left() - 5)))
 
 
 # --- compute-sanitizer ------------------------------------------------------------------------------------------------
@@ -95,26 +90,34 @@ def small_cases() -> None:
         values(kernel, inputs, torch.float16)
 
 
-def sanitize(record: Record, tool: str) -> None:
-    """Runs `small_cases` under one of its tools. Without PyTorch's caching, as memory that is kept hides what lies outside."""
+class Sanitizer(NamedTuple):
+    process: subprocess.Popen
+    said: IO[str]  # a file, not a pipe, which a process that outlives its parent would hold open
+
+
+def sanitizer(tool: str) -> Sanitizer | None:
+    """`small_cases` under one of its tools, if it is installed. Memory that PyTorch keeps would hide what lies outside: it keeps none."""
     binary = shutil.which("compute-sanitizer", path=os.environ["PATH"] + os.pathsep + "/usr/local/cuda/bin")
     if not binary:
-        record.add(tool, skipped="compute-sanitizer is not installed")
-        return
+        return None
     code = f"import sys; sys.path[:] = {sys.path!r}; from gpu.right import small_cases; small_cases()"
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    said = tempfile.TemporaryFile("w+")
     command = [binary, "--tool", tool, sys.executable, "-c", code]
-    with tempfile.TemporaryFile("w+") as out:  # not a pipe, which a process that outlives its parent would hold open
-        status = subprocess.run(
-            command, env=env, stdout=out, stderr=out, timeout=max(5.0, record.left() / 3)
-        ).returncode
-        out.seek(0)
-        text = out.read()
-    said = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
-    if not said:
-        raise RuntimeError(f"compute-sanitizer gave no summary, exit status {status}: {text.strip()[-300:]}")
-    record.add(tool, errors=int(said[-1]))
-    if int(said[-1]):
-        record.fail(
-            tool, next(line for line in text.splitlines() if line.startswith("========= ") and "COMPUTE" not in line)
-        )
+    return Sanitizer(subprocess.Popen(command, env=env, stdout=said, stderr=said), said)
+
+
+def verdict(started: Sanitizer | None, seconds: float) -> dict[str, Any]:
+    """How many errors it found; the first of them is the exception."""
+    if started is None:
+        return {"skipped": "needs a GPU, and compute-sanitizer"}
+    status = started.process.wait(timeout=seconds)
+    started.said.seek(0)
+    text = started.said.read()
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
+    if not found:
+        raise RuntimeError(f"no summary, exit status {status}: {text.strip()[-300:]}")
+    if int(found[-1]):
+        first = next(line for line in text.splitlines() if line.startswith("========= ") and "COMPUTE" not in line)
+        raise RuntimeError(f"{found[-1]} errors, first {first.removeprefix('========= ')}")
+    return {"errors": 0}

@@ -98,7 +98,7 @@ def run(record: Record) -> None:
     demo = demo_commands("out")
     short = shortened(demo, *((2, 2) if record.tiny else (8, 16)))
     tuning = [command for command in short if command[0] != "evaluate.py"]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         device, cpu, full = (Path(folder) / name for name in ("device", "cpu", "full"))
         both = [start(short, device), start(tuning, cpu, hide_gpu=True)]
         with record.trying("a few steps"):
