@@ -54,14 +54,14 @@ class Record:
             yield
         except Exception as error:
             traceback.print_exc()
-            self.fail(name, last_line(error))
+            self.fail(name, one_line(error))
 
     def write(self) -> None:
         write_json(self.path, {"about": self.about, "numbers": self.numbers, "failed": self.failed})
 
 
-def last_line(error: BaseException) -> str:
-    return traceback.format_exception_only(error)[-1].strip()
+def one_line(error: BaseException) -> str:
+    return traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
 
 
 def about() -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Sanitizer(NamedTuple):
 
 
 def sanitizer(tool: str) -> Sanitizer | None:
-    """`small_cases` under one of its tools, if it is installed. Memory that PyTorch keeps would hide what lies outside: it keeps none."""
+    """`small_cases` under one of its tools, if it is installed. PyTorch keeps no memory meanwhile: it would hide bad addresses."""
     binary = shutil.which("compute-sanitizer", path=os.environ["PATH"] + os.pathsep + "/usr/local/cuda/bin")
     if not binary:
         return None
