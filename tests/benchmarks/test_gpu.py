@@ -149,7 +149,7 @@ def test_cells_without_a_measurement_say_so():
 def test_a_wrong_kernel_is_found(monkeypatch, shift, repeats, fine):
     calls = []
 
-    def ways(dtype):
+    def ways(dtype, sizes):
         def kernel(x):
             calls.append(0)
             return x * 2 + shift + (0 if repeats else 1e-7 * len(calls))
@@ -157,14 +157,14 @@ def test_a_wrong_kernel_is_found(monkeypatch, shift, repeats, fine):
         return cases.Ways(kernel, lambda x: x * 2, [torch.linspace(0, 1, 7)])
 
     monkeypatch.setitem(cases.WAYS, "double", ways)
-    found = right.check(cases.Case("double", "float32", "usual", {}))
+    found = right.check(cases.Case("double", "float32", "usual", None))
     assert found["right"] is fine and found["twice"] is (repeats and not math.isnan(shift))
 
 
 def test_eager_word_attention_is_the_specification():
     """What the kernel is compared with on the day, against the op's own reference today."""
     for mask in ("none", *cases.MASKS):
-        ways = cases.word_ways(torch.float64, **cases.TINY["word_attention"] | {"mask": mask})
+        ways = cases.word_ways(torch.float64, cases.TINY["word_attention"]._replace(mask=mask))
         inputs = [x.double() for x in ways.inputs]
         expected = cases.word_maps(*inputs, backend="torch", **{k: v for k, v in ways.eager.keywords.items()})
         torch.testing.assert_close(ways.eager(*inputs), expected, check_dtype=False, atol=1e-6, rtol=1e-6)
@@ -173,10 +173,10 @@ def test_eager_word_attention_is_the_specification():
 def test_all_cases_of_the_real_run_can_be_made(monkeypatch):
     found = cases.cases(tiny=False)
     assert len({(case.op, case.dtype, case.what) for case in found}) == len(found) > 150
-    assert {case.sizes["d"] for case in found if case.op == "word_attention"} == set(cases.HEAD_DIMS)
+    assert {case.sizes.d for case in found if case.op == "word_attention"} == set(cases.HEAD_DIMS)
     for case in found:
         if case.dtype == "float32" and "Llama" not in case.what:
-            cases.WAYS[case.op](torch.float32, **case.sizes)
+            cases.WAYS[case.op](torch.float32, case.sizes)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_the_sanitizer_is_understood(tmp_path, monkeypatch, said, wrong):
 def test_blocks_that_will_not_do_drop_out(record, monkeypatch):
     wanted, tried = [torch.ones(3)], []
 
-    def once(**_):
+    def once(_):
         def call():
             blocks = kernels.word_attention.blocks(2, 1, 16, torch.float32)
             tried.append(blocks)

@@ -24,7 +24,8 @@ from lavender_min.kernels import word_attention
 
 try:
     import alternatives
-except ImportError:  # until the alternatives have a file of their own
+except ImportError:
+    # until the alternatives have a file of their own
     import test_benchmarks as alternatives
 
 TINY = {"h": 2, "hkv": 1, "d": 16, "t": 4, "n": 1, "tiles": 1, "b": 1, "patches": 2, "g": 2}
@@ -95,8 +96,9 @@ def beside(rows: list[Row]) -> dict[str, Any]:
 # --- block sizes ------------------------------------------------------------------------------------------------------
 
 
-def once(h, hkv, d, t, n, tiles, b, patches, g) -> Callable[[], list[torch.Tensor]]:
+def once(sizes: dict[str, int]) -> Callable[[], list[torch.Tensor]]:
     """A call of the kernel at these sizes: its maps and its gradients. Patches lie as in Llama 3.2: four tiles are two by two."""
+    h, hkv, d, t, n, tiles, b, patches, g = (sizes[axis] for axis in "h hkv d t n tiles b patches g".split())
     high, wide = patches * (2 if tiles == 4 else 1), patches * min(tiles, 2)
     y, x = torch.arange(high)[:, None], torch.arange(wide)
     index = (y // patches * 2 + x // patches) * (patches**2 + 1) + 1 + y % patches * patches + x % patches
@@ -121,7 +123,7 @@ def search(record: Record, sizes: dict[str, int], candidates: dict[str, tuple[in
     """From the block sizes in the code, one after the other, to the fastest found; printed as the dict to put there."""
     original, used = word_attention.blocks, []
     with patch.object(word_attention, "blocks", lambda *args: used.append(original(*args)) or used[-1]):
-        call = once(**sizes)
+        call = once(sizes)
         wanted = call()
     best, best_ms = dict(used[0]), milliseconds(call)
     record.add("blocks in the code", ms=best_ms, blocks=dict(best))
@@ -151,5 +153,6 @@ def timed(call: Callable[[], list[torch.Tensor]], wanted: list[torch.Tensor]) ->
             if not (x - y).abs().max() <= 4 * torch.finfo(DTYPE).eps * y.abs().max():
                 return 0.0, "gives other numbers"
         return milliseconds(call), ""
-    except Exception as error:  # what the compiler says of a shape it cannot take has many types
+    # What the compiler says of a shape it cannot take has many types.
+    except Exception as error:
         return 0.0, f"{type(error).__name__}: {str(error)[:200]}"

@@ -22,7 +22,8 @@ class Daam:
         )
         probabilities = attn.get_attention_scores(query, key, attention_mask)
         side = math.isqrt(probabilities.shape[1])
-        if side != 8:  # "skip if too large": factor 8 of 64
+        # "skip if too large": factor 8 of 64
+        if side != 8:
             maps = [m.view(m.shape[0], side, side) for m in probabilities.permute(2, 0, 1).float()]
             for head, heat_map in enumerate(torch.stack(maps, 0).permute(1, 0, 2, 3).contiguous()):
                 self.heat_maps[side, self.layer, head] = self.heat_maps[side, self.layer, head] + heat_map

@@ -42,7 +42,8 @@ def random_host(host: Host, dtype: torch.dtype = HALF) -> Any:
         if isinstance(module, nn.Linear) and name != "lm_head":
             vlm.set_submodule(name, packed(module, dtype))
     vlm.to(DEVICE)
-    vlm.is_loaded_in_4bit = True  # PEFT goes by this
+    # PEFT goes by this.
+    vlm.is_loaded_in_4bit = True
     host.family.hook(vlm)
     return vlm
 
@@ -57,7 +58,8 @@ def packed(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     )  # fmt: skip
     layer.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to(DEVICE)
     layer.bias = linear.bias
-    layer.support_avx512bf16_for_cpu = False  # on a CPU: no repacking, which takes widths of 64 only
+    # On some CPUs bitsandbytes would repack the weights, and takes widths of 64 only.
+    layer.support_avx512bf16_for_cpu = False
     return layer
 
 
@@ -78,7 +80,8 @@ def real_batch(config: Any, size: Size) -> dict[str, Any]:
     } | {
         "input_ids": ids,
         "pixel_values": torch.randn(b, 1, 4, 3, pixels, pixels),
-        "aspect_ratio_ids": torch.full((b, 1), 6),  # two by two
+        # two by two
+        "aspect_ratio_ids": torch.full((b, 1), 6),
         "labels": ids.where(torch.arange(tokens) >= tokens - answer, -100),
         "word_tokens": word_tokens,
         "word_rows": word_tokens - 1,

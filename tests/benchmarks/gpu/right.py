@@ -44,8 +44,9 @@ def share_of_bound(error: float, eager_error: float) -> float:
 def check(case: Case) -> dict[str, Any]:
     """Error and bound of the value that comes nearest to its bound, or furthest over it."""
     dtype = getattr(torch, case.dtype)
-    kernel, eager, inputs = WAYS[case.op](dtype, **case.sizes)
-    inputs = [x.to(dtype) for x in inputs]  # rounded once, for all three
+    kernel, eager, inputs = WAYS[case.op](dtype, case.sizes)
+    # Rounded once, so that all three see the same numbers.
+    inputs = [x.to(dtype) for x in inputs]
     got, again, low = values(kernel, inputs, dtype), values(kernel, inputs, dtype), values(eager, inputs, dtype)
     pairs = [
         [(x.double() - z).abs().max().item() for x in (kernels, eagers)]
@@ -60,8 +61,8 @@ def check(case: Case) -> dict[str, Any]:
 
 def run(record: Record) -> None:
     todo = cases(record.tiny)
-    looking = {} if record.tiny else {tool: sanitizer(tool) for tool in TOOLS}  # on other processors, meanwhile
-    workers = 1 if record.tiny else min(8, os.cpu_count() or 1)
+    looking = {} if record.tiny else {tool: sanitizer(tool) for tool in TOOLS}
+    workers = 1 if record.tiny else min(14, os.cpu_count() or 1)
     right = 0
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for case, future in [(case, pool.submit(check, case)) for case in todo]:
@@ -86,7 +87,7 @@ def run(record: Record) -> None:
 def small_cases() -> None:
     """What the sanitizer looks at: forward and backward of every op, once."""
     for op, sizes in TINY.items():
-        kernel, _, inputs = WAYS[op](torch.float16, **sizes)
+        kernel, _, inputs = WAYS[op](torch.float16, sizes)
         values(kernel, inputs, torch.float16)
 
 

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 from gpu import results, table
 
 HERE = Path(__file__).resolve().parent
-TAIL = 2000  # characters of the log that a failed part brings into the JSON
+# characters of the log that a failed part brings into the JSON
+TAIL = 2000
 
 
 class Part(NamedTuple):
@@ -33,11 +34,11 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "right": Part("gpu.right", 70),
+    "right": Part("gpu.right", 80),
     "kernels": Part("gpu.kernels", 110),
     "stage1": Part("gpu.stage1", 120),
     "stage2": Part("gpu.stage2", 110),
-    "whole": Part("gpu.whole", 70),
+    "whole": Part("gpu.whole", 60),
 }
 
 
@@ -48,7 +49,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--budget", type=float, default=480, help="seconds for all of it (default: 480)")
     add("--out", type=Path, default=Path(os.environ.get("OUT", "runs/gpu")), help="default: $OUT, else runs/gpu")
     add("--tiny", action="store_true", help="the same in small, on the CPU")
-    add("--part", metavar="MODULE", help=argparse.SUPPRESS)  # what this script calls itself with
+    # what this script calls itself with
+    add("--part", metavar="MODULE", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -62,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         if not torch.cuda.is_available():
             print("gpu: torch sees no GPU here; `make gpu TINY=1` runs the same in small on the CPU", file=sys.stderr)
             return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part at work is ended too
+    # SIGTERM ends the part at work too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = run_parts({name: PARTS[name] for name in PARTS if name in args.only}, args.out, args.budget, args.tiny)
     if not args.tiny:
         print(f"the numbers are in {results.keep(report)} too; `make results` puts them into the README")

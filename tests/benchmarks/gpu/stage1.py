@@ -23,9 +23,11 @@ from lavender_min.teachers.recipes import RECIPES
 from lavender_min.teachers.recording import Recorder, recording
 from lavender_min.teachers.stable_diffusion import StableDiffusion
 
-TOKENIZER = Path(stable_diffusion.__file__).parents[1] / "toy/models/sd/tokenizer"  # any ids will do
+# any ids will do
+TOKENIZER = Path(stable_diffusion.__file__).parents[1] / "toy/models/sd/tokenizer"
 CAPTION, TINY_CAPTION = ({"answer": text} for text in ("a red circle is left of a blue square", "a red dog"))
-MOST = {"paper": 64, "noise": 64, "invert": 64, "null-text": 16}  # pictures at once to try; null-text has 119 passes
+# pictures at once to try first; null-text has 119 passes
+MOST = {"paper": 64, "noise": 64, "invert": 64, "null-text": 16}
 TINY_STEPS: dict[str, dict[str, int]] = {
     "paper": {"inversion_steps": 1, "denoising_steps": 1},
     "invert": {"inversion_steps": 1},
@@ -140,7 +142,8 @@ def compiled_rate(setup: Setup, recipe: str, batch: int, how: dict[str, Any]) ->
         seconds = time.perf_counter() - began
         return rate(setup, recipe, batch) | {"compile_seconds": seconds}
     finally:
-        setup.sd.unet._compiled_call_impl = None  # as it was before `compile`
+        # as it was before `compile`
+        setup.sd.unet._compiled_call_impl = None
 
 
 def ask(sd: StableDiffusion, pictures: int):
@@ -161,7 +164,8 @@ def pass_flops(sd: StableDiffusion) -> float:
 def one_pass(sd: StableDiffusion, way: str, pictures: int) -> dict[str, Any]:
     question = ask(sd, pictures)
     weights = torch.zeros(pictures, sd.tokenizer.model_max_length, 13, device=DEVICE)
-    weights[:, range(13), range(13)] = 1  # SOS and twelve words of one token
+    # SOS and twelve words of one token
+    weights[:, range(13), range(13)] = 1
 
     def call():
         with recorded(sd, way, weights):

@@ -72,7 +72,8 @@ def run(record: Record) -> None:
                         seconds = row["ms"] / 1e3
                         speed = {"pictures_per_second": b / seconds, "tokens_per_second": b * tokens / seconds}
                         record.add(what, **row, **speed, time_to_plain=row["ms"] / plain_ms)
-                    if DEVICE == "cuda":  # the next case's weights beside the host are its own
+                    # The next case brings its own weights beside the host.
+                    if DEVICE == "cuda":
                         gc.collect()
                         torch.cuda.empty_cache()
 
@@ -121,7 +122,8 @@ def measured(model: Any, batch: dict[str, Any], planned: float, repeats: int) ->
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    step()  # warms up, and makes gradients and the optimiser's state
+    # The first one warms up, and makes gradients and the optimiser's state.
+    step()
     state = [x for values in optimizer.state.values() for x in values.values() if torch.is_tensor(x)]
     if DEVICE == "cuda":
         # paged state lies beside what PyTorch's allocator counts

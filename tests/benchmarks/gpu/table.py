@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 if __package__:
     from gpu.results import device_of, kept
-else:  # run as a script, from this folder
+# run as a script, from this folder
+else:
     from results import device_of, kept
 
 README = Path(__file__).resolve().parents[3] / "README.md"

@@ -20,7 +20,8 @@ from pathlib import Path
 from gpu.record import Record
 
 ROOT = Path(__file__).resolve().parents[3]
-ALIKE = 0.01  # share by which the first losses may differ
+# share by which the first losses may differ
+ALIKE = 0.01
 # Prints what it was called with instead of running it: one argument a unit separator, one call a line.
 STUB = '#!/bin/sh\n{ for x in "$@"; do printf \'%s\\037\' "$x"; done; printf \'\\n\'; } >> "$COMMANDS"\n'
 EXACT = ["--bf16", "false", "--fp16", "false", "--optim", "adamw_torch", "--lora_dropout", "0", "--logging_steps", "1"]
