@@ -31,8 +31,8 @@ bench: venv           ## timings, side by side in one run; the kernels where the
 gpu:                  ## on a GPU, with its own python3: all that only a GPU can tell, into runs/gpu or $OUT; TINY=1: in small, here
 	$(if $(and $(TINY),$(wildcard $(RUN))),$(RUN),$(PYTHON)) tests/benchmarks/gpu $(if $(TINY),--tiny) $(FLAGS)
 
-results:              ## the README's table of what `make gpu` measured
-	$(PYTHON) tests/benchmarks/gpu/table.py
+results:              ## the README's table of what `make gpu` measured; FROM=gpu.json: with what was measured elsewhere
+	$(PYTHON) tests/benchmarks/gpu/table.py $(FROM)
 
 kernels: venv         ## registers, shared memory and spills of every kernel, compiled ahead of time
 	$(RUN) -m lavender_min.kernels.aot

@@ -129,6 +129,17 @@ def test_the_readme_shows_what_is_measured():
     assert table.put(readme, table.draw(results.kept())) == readme, "run `make results`"
 
 
+def test_what_was_measured_elsewhere_comes_into_the_readme(tmp_path):
+    readme, report = tmp_path / "README.md", report_of("NVIDIA X", right={"all": {"right": 3, "cases": 4}})
+    readme.write_text(table.README.read_text())
+    (tmp_path / "gpu.json").write_text(json.dumps(report))
+    table.main([str(tmp_path / "gpu.json")], readme, tmp_path / "results")
+    assert "| kernels that are right | 3 of 4 cases |" in readme.read_text() and "|  | NVIDIA X |" in readme.read_text()
+    (tmp_path / "gpu.json").write_text(json.dumps(report | {"tiny": True}))
+    with pytest.raises(ValueError, match="TINY=1"):
+        table.main([str(tmp_path / "gpu.json")], readme, tmp_path / "results")
+
+
 def test_cells_without_a_measurement_say_so():
     stage1 = {"noise, compiled": {"skipped": "no time left"}}
     report = report_of("A", right={"all": {"right": 3, "cases": 4}}, stage1=stage1)

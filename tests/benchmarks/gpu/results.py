@@ -36,6 +36,7 @@ def failures(report: Mapping[str, Any]) -> list[str]:
 
 def keep(report: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Into results/<device>.json, beside what else is there: a part that was run again takes its old numbers' place."""
+    folder.mkdir(exist_ok=True)
     path = folder / f"{device_of(report).replace(' ', '-')}.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, found | report | {"parts": found.get("parts", {}) | report["parts"]})

@@ -61,7 +61,7 @@ def check(case: Case) -> dict[str, Any]:
 
 def run(record: Record) -> None:
     todo = cases(record.tiny)
-    looking = {} if record.tiny else {tool: sanitizer(tool) for tool in TOOLS}
+    sanitizers = {} if record.tiny else {tool: sanitizer(tool) for tool in TOOLS}
     workers = 1 if record.tiny else min(14, os.cpu_count() or 1)
     right = 0
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -78,7 +78,7 @@ def run(record: Record) -> None:
         record.add("bfloat16", skipped="wrong in Triton's interpreter")
     for tool in TOOLS:
         with record.trying(tool):
-            record.add(tool, **verdict(looking.get(tool), max(1.0, record.left() - 5)))
+            record.add(tool, **verdict(sanitizers.get(tool), max(1.0, record.left() - 5)))
 
 
 # --- compute-sanitizer ------------------------------------------------------------------------------------------------

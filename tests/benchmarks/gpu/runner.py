@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +93,7 @@ def run_parts(parts: Mapping[str, Part], out: Path, budget: float, tiny: bool) -
     return report
 
 
-def watch(module: str, limit: float, log: Path, tiny: bool):
+def watch(module: str, limit: float, log: Path, tiny: bool) -> Iterator[dict[str, Any]]:
     """Starts a part and yields, about every second and once at its end, all that is known of it."""
     small = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if tiny else {}
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **small}

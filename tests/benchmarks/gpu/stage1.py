@@ -9,6 +9,7 @@ import contextlib
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,7 +147,7 @@ def compiled_rate(setup: Setup, recipe: str, batch: int, how: dict[str, Any]) ->
         setup.sd.unet._compiled_call_impl = None
 
 
-def ask(sd: StableDiffusion, pictures: int):
+def unet_pass(sd: StableDiffusion, pictures: int) -> Callable[[], torch.Tensor]:
     """One pass of the UNet, always on the same numbers."""
     config = sd.unet.config
     latents = torch.randn(pictures, config.in_channels, *[config.sample_size] * 2, device=DEVICE)
@@ -157,25 +158,25 @@ def ask(sd: StableDiffusion, pictures: int):
 def pass_flops(sd: StableDiffusion) -> float:
     """Of one picture, by what PyTorch counts of matrix products, convolutions and attention."""
     with FlopCounterMode(display=False) as counter:
-        ask(sd, 1)()
+        unet_pass(sd, 1)()
     return counter.get_total_flops()
 
 
 def one_pass(sd: StableDiffusion, way: str, pictures: int) -> dict[str, Any]:
-    question = ask(sd, pictures)
+    plain = unet_pass(sd, pictures)
     weights = torch.zeros(pictures, sd.tokenizer.model_max_length, 13, device=DEVICE)
     # SOS and twelve words of one token
     weights[:, range(13), range(13)] = 1
 
     def call():
         with recorded(sd, way, weights):
-            return question()
+            return plain()
 
     return {"pictures": pictures, "ms": milliseconds(call), "extra_mib": extra_peak_mib(call)}
 
 
 @contextlib.contextmanager
-def recorded(sd: StableDiffusion, way: str, weights: torch.Tensor):
+def recorded(sd: StableDiffusion, way: str, weights: torch.Tensor) -> Iterator[None]:
     """One of the ways around a pass; afterwards the UNet is as it was. Maps are dropped after the pass."""
     if way == "ours":
         with recording(sd.unet, Recorder(weights, sd.map_sides)):

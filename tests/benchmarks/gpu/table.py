@@ -1,18 +1,21 @@
 """The README's table of measured numbers, drawn from results/<device>.json: `make results`.
 
+    python3 tests/benchmarks/gpu/table.py [gpu.json …]        keeps these first, as from a machine whose files were brought here
+
 `LINES` says which measurement stands in which line and how it is written; a column is a device. What nobody has measured says so.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 if __package__:
-    from gpu.results import device_of, kept
+    from gpu.results import RESULTS, device_of, keep, kept
 # run as a script, from this folder
 else:
-    from results import device_of, kept
+    from results import RESULTS, device_of, keep, kept
 
 README = Path(__file__).resolve().parents[3] / "README.md"
 BEGIN, END = "<!-- measured: drawn by `make results` -->", "<!-- /measured -->"
@@ -79,11 +82,15 @@ def put(readme: str, table: str) -> str:
     return readme.partition(BEGIN)[0] + f"{BEGIN}\n{table}\n{END}" + readme.partition(END)[2]
 
 
-def main() -> int:
-    README.write_text(put(README.read_text(), draw(kept())))
-    print(f"{README.name}: {len(LINES)} lines, {len(kept())} devices")
-    return 0
+def main(new: Sequence[str], readme: Path = README, folder: Path = RESULTS) -> None:
+    for path in new:
+        report = json.loads(Path(path).read_text())
+        if report["tiny"]:
+            raise ValueError(f"{path} is of a run in small (TINY=1): the table is for a GPU's numbers")
+        print(f"{path} is kept in {keep(report, folder)}")
+    readme.write_text(put(readme.read_text(), draw(kept(folder))))
+    print(f"{readme}: {len(LINES)} lines, {len(kept(folder))} devices")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])
