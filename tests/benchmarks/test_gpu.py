@@ -41,7 +41,7 @@ def test_the_tiny_run(tmp_path):
 
 PARTS = {
     "broken": "def run(record):\n    record.add('first', x=1)\n    raise TypeError('on purpose')\n",
-    "slow": "import time\ndef run(record):\n    record.add('first', x=2)\n    time.sleep(60)\n",
+    "slow": "import time\ndef run(record):\n    record.add('first', x=2)\n    record.fail('second', 'bad')\n    time.sleep(60)\n",
     "dead": "import os, signal\ndef run(record):\n    record.add('first', x=3)\n    os.kill(os.getpid(), signal.SIGSEGV)\n",
     "partly": "def run(record):\n    with record.trying('bad'):\n        1 / 0\n    record.add('good', x=4)\n",
     "good": "def run(record):\n    record.add('first', x=5)\n",
@@ -66,6 +66,7 @@ def test_a_part_that_fails_hangs_or_dies_does_not_stop_the_others(tmp_path, monk
     assert parts["dead"]["error"] == "ended by SIGSEGV" and parts["good"]["error"] is None
     assert results.failures(report) == [
         "broken: the part as a whole: TypeError: on purpose",
+        "slow: second: bad",
         f"slow: {parts['slow']['error']}",
         "dead: ended by SIGSEGV",
         "partly: bad: ZeroDivisionError: division by zero",
@@ -74,7 +75,7 @@ def test_a_part_that_fails_hangs_or_dies_does_not_stop_the_others(tmp_path, monk
 
 
 def test_a_failure_shows_at_the_end_and_in_the_exit_status(tmp_path, monkeypatch, capsys):
-    failed = {"about": {"device": "a card"}, "numbers": {}, "failed": {"x": "bad"}, "error": "1 failed"}
+    failed = {"about": {"device": "a card"}, "numbers": {}, "failed": {"x": "bad"}, "error": None}
     monkeypatch.setattr(runner, "run_parts", lambda parts, *_: {"tiny": True, "parts": dict.fromkeys(parts, failed)})
     assert runner.main(["--tiny", "--only", "stage2", "right", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().out.endswith("failed:\nright: x: bad\nstage2: x: bad\n")

@@ -1,7 +1,7 @@
 """The file of all that was measured: written whole, kept by the name of the device, and what failed in it.
 
 It holds `tiny`, and `parts`: of every part `about` (device and versions), `numbers` by measurement, `failed` (measurement ─► why),
-`seconds`, `error` (one line, or null where it ended well) and `log` (the end of what it said, where there was an error).
+`seconds`, `error` (why it did not end by itself, or null) and `log` (the end of what it said, where something went wrong).
 """
 
 import json
@@ -29,7 +29,7 @@ def failures(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, part in report["parts"].items():
         lines += [f"{name}: {measurement}: {reason}" for measurement, reason in part["failed"].items()]
-        if part["error"] and not part["failed"]:
+        if part["error"]:
             lines.append(f"{name}: {part['error']}")
     return lines
 

@@ -89,7 +89,8 @@ def run_parts(parts: Mapping[str, Part], out: Path, budget: float, tiny: bool) -
             report["parts"][name] = known
             results.write_json(out / "gpu.json", report)
         known = report["parts"][name]
-        print(f"{name}: {known['seconds']:.1f} s, {len(known['numbers'])} measurements, {known['error'] or 'done'}")
+        done = f"{len(known['numbers'])} measurements, {len(known['failed'])} failed"
+        print(f"{name}: {known['seconds']:.1f} s, {done}, {known['error'] or 'ended by itself'}", flush=True)
     return report
 
 
@@ -111,7 +112,8 @@ def watch(module: str, limit: float, log: Path, tiny: bool) -> Iterator[dict[str
                 ended = process.returncode is not None or seconds >= limit
                 known = json.loads(file.read_text()) if file.exists() else {"about": {}, "numbers": {}, "failed": {}}
                 error = why(process.returncode, known["failed"], limit) if ended else "still at work"
-                tail = log.read_bytes()[start:][-TAIL:].decode(errors="replace") if error else ""
+                bad = error or known["failed"]
+                tail = log.read_bytes()[start:][-TAIL:].decode(errors="replace") if bad else ""
                 yield known | {"seconds": seconds, "error": error, "log": tail}
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -120,14 +122,12 @@ def watch(module: str, limit: float, log: Path, tiny: bool) -> Iterator[dict[str
 
 
 def why(status: int | None, failed: Mapping[str, str], limit: float) -> str | None:
-    """What is wrong with a part that has ended, in one line."""
+    """Why a part did not end by itself, in one line; what failed in one that did is in `failed`."""
     if status is None:
         return f"ended at its limit of {limit:.0f} s"
     if status < 0:
         return f"ended by {signal.Signals(-status).name}"
-    if failed:
-        return f"{len(failed)} failed, first {next(iter(failed))}: {next(iter(failed.values()))}"
-    return f"exit status {status}" if status else None
+    return f"exit status {status}" if status and not failed else None
 
 
 def run_part(module: str, path: Path, seconds: float, tiny: bool) -> int:
