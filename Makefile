@@ -5,7 +5,7 @@ RUN = .venv/bin/python
 # One thread a process: two processes of spinning threads on two cores are five times slower.
 TEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest
 .DELETE_ON_ERROR:
-.PHONY: venv demo seeds test test-all bench lint kernels clean
+.PHONY: venv demo seeds test test-all bench gpu results lint kernels clean
 
 venv: .venv/done
 .venv/done: pyproject.toml constraints.txt
@@ -27,6 +27,12 @@ test-all: venv lint   ## the slow tests too
 
 bench: venv           ## timings, side by side in one run; the kernels where there is a GPU
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m benchmark tests/benchmarks -s
+
+gpu:                  ## on a GPU, with its own python3: all that only a GPU can tell, into runs/gpu or $OUT; TINY=1: in small, here
+	$(if $(and $(TINY),$(wildcard $(RUN))),$(RUN),$(PYTHON)) tests/benchmarks/gpu $(if $(TINY),--tiny) $(FLAGS)
+
+results:              ## the README's table of what `make gpu` measured; FROM=gpu.json: with what was measured elsewhere
+	$(PYTHON) tests/benchmarks/gpu/table.py $(FROM)
 
 kernels: venv         ## registers, shared memory and spills of every kernel, compiled ahead of time
 	$(RUN) -m lavender_min.kernels.aot
