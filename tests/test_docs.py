@@ -1,8 +1,9 @@
-"""The pages of docs/ do what they say: their code runs in order, and prints what stands below it."""
+"""The pages of docs/ do what they say: their code runs in order, and prints what stands below it. The same for experiments/."""
 
 import contextlib
 import io
 import re
+import subprocess
 import sys
 import types
 from decimal import Decimal
@@ -129,3 +130,15 @@ def test_the_core_path_is_read_in_one_sitting():
 def test_the_log_goes_from_new_to_old():
     dates = re.findall(r"^## (\d{4}-\d\d-\d\d)", (ROOT / "experiments" / "LOG.md").read_text(), re.M)
     assert len(dates) > 3 and dates == sorted(dates, reverse=True)
+
+
+def test_the_shared_flags_stand_once():
+    """demo.sh and seeds.sh take the flags of the tuning and of the maps from flags.sh, and repeat none of them."""
+    folder = ROOT / "experiments"
+    flags = set(re.findall(r"--\w+", (folder / "flags.sh").read_text()))
+    assert len(flags) > 12
+    for script in ("demo.sh", "seeds.sh"):
+        text = (folder / script).read_text()
+        assert "\n. experiments/flags.sh\n" in text and "$TUNING" in text and "$MAPS" in text
+        assert not flags & set(re.findall(r"--\w+", text)), script
+        assert subprocess.run(["sh", "-n", folder / script]).returncode == 0
