@@ -22,7 +22,7 @@ PAGES = sorted(page.name for page in DOCS.glob("*.md"))
 # What a page may add rows to.
 REGISTRIES = (data.SOURCES, hosts.FAMILIES, teachers.RECIPES, AGGREGATIONS, aggregate.POOLS)
 # Of a line of output: what a block prints stands below it behind this.
-MARK = "#> "
+MARK = "# → "
 # Of the core path, blank lines not counted.
 MOST_LINES = 3000
 NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]\d+)?"

@@ -74,7 +74,7 @@ def test_plans_need_nothing(command):
 def test_python_examples_run_and_print_what_they_say(code, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     exec(compile(code, "README.md", "exec"), {})
-    says = [line.removeprefix("#> ") for line in code.splitlines() if line.startswith("#> ")]
+    says = [line.removeprefix("# → ") for line in code.splitlines() if line.startswith("# → ")]
     assert says and capsys.readouterr().out.splitlines() == says
 
 
