@@ -42,7 +42,8 @@ class CompileOnlyDriver:
 
     def __init__(self, capability: int):
         self.target = GPUTarget("cuda", capability, 32)
-        self.device = -capability  # JITFunction keeps its compiled kernels by device: one number a target
+        # JITFunction keeps its compiled kernels by device: one number a target
+        self.device = -capability
 
     def get_current_device(self) -> int:
         return self.device

@@ -222,7 +222,7 @@ def word_attention(
             raise ValueError(
                 f"word_attention: the Triton kernel takes {name} up to {limit}; got {size}; use backend='torch'"
             )
-    # without a mask a pointer that is not read
+    # without a mask, a pointer that is not read
     kind, mask = NO_MASK, query.new_empty(1).expand(1, 1, 1, 1)
     if is_causal:
         kind = CAUSAL
@@ -231,7 +231,7 @@ def word_attention(
         mask = attn_mask.view(torch.uint8) if kind is BOOL else attn_mask
         mask = mask.expand(*query.shape[:3], key.shape[2])
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
-    # from ordinary memory: the few numbers are staged at once, and nothing waits for the GPU
+    # The driver takes over so few numbers at once: nothing waits for the GPU.
     offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(query.device, non_blocking=True)
     index, resize_y, resize_x = layout.index.int(), layout.resize_y.float(), layout.resize_x.float()
     inputs = Inputs(query, key, *(x.contiguous() for x in (rows.int(), offsets, index, resize_y, resize_x)), mask)

@@ -119,7 +119,7 @@ def shared_arguments(inputs: Inputs, plan: Plan) -> dict:
         "p_mask": mask, **strides("m", "bhtp", mask), "p_rows": inputs.rows, "p_offsets": inputs.offsets,
         "h": h, "nh": len(inputs.rows) * h, "scale2": plan.scale * LOG2E.value,
         "GROUP": h // key.shape[1], "D": d, "MASK": plan.kind, **{name: plan.blocks[name] for name in ("BR", "BD", "num_warps")},
-        # of fp32 operands; half ones go in as they are
+        # for fp32 operands; half ones go in as they are
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
     }  # fmt: skip
 

@@ -6,6 +6,7 @@ dataclass's own `__post_init__`, in a ValueError that names the flag. Nothing he
 for data that is not there, come before torch does.
 """
 
+import os
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,8 @@ from typing import Any, NoReturn, TypeVar
 
 # On its own it imports no torch.
 from transformers import HfArgumentParser
+
+from lavender_min.failing import one_line
 
 Flags = TypeVar("Flags")
 
@@ -35,7 +38,12 @@ class HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
     """Prints the description as it is written, and a default where there is one and the help does not name it."""
 
     def _get_help_string(self, action: Action) -> str | None:
-        if action.default is None or action.default is False or "(default" in (action.help or ""):
+        if (
+            action.default is None
+            or action.default is False
+            or action.default == ""
+            or "(default" in (action.help or "")
+        ):
             return action.help
         return super()._get_help_string(action)
 
@@ -49,15 +57,20 @@ class Parser(HfArgumentParser):
 
 def parse(flags: type[Flags], prog: str, about: str | None, argv: Sequence[str] | None = None) -> Flags:
     """The command line as an instance of the dataclass `flags`."""
-    parser = Parser(flags, prog=prog, description=about, formatter_class=HelpFormatter, allow_abbrev=False)  # type: ignore[arg-type]
-    # transformers would also take flags from a file beside the script, extract.args, without a word.
-    return parser.parse_args_into_dataclasses(None if argv is None else list(argv), look_for_args_file=False)[0]
+    parsed, rest = parse_known(flags, prog, about, argv)
+    if rest:
+        raise ValueError(f"there is no flag {rest[0]} (see {prog} --help)")
+    return parsed
 
 
-def parse_known(flags: type[Flags], prog: str, about: str | None, argv: Sequence[str]) -> tuple[Flags, list[str]]:
+def parse_known(
+    flags: type[Flags], prog: str, about: str | None, argv: Sequence[str] | None = None
+) -> tuple[Flags, list[str]]:
     """The same, and what is left of the command line for somebody else's parser."""
-    parser = Parser(flags, prog=prog, description=about, allow_abbrev=False)  # type: ignore[arg-type]
-    parsed, rest = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    parser = Parser(flags, prog=prog, description=about, formatter_class=HelpFormatter, allow_abbrev=False)  # type: ignore[arg-type]
+    words = sys.argv[1:] if argv is None else list(argv)
+    # transformers would also take flags from a file beside the script, extract.args, without a word.
+    parsed, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     return parsed, rest
 
 
@@ -69,9 +82,25 @@ def at_least(low: int, **values: int | None) -> None:
 
 
 def run(prog: str, main: Callable[[], int | None]) -> int:
-    """The exit code of `main`; bad input and files that cannot be had become one line on stderr, and 2."""
+    """The exit code of `main`. Whatever goes wrong is one line on stderr: 2 for bad input or files that cannot be had, 130 for
+    Ctrl-C, 1 for a fault of our own, whose traceback LAVENDER_TRACEBACK=1 shows.
+    """
     try:
         return main() or 0
     except (ValueError, OSError) as error:
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("LAVENDER_TRACEBACK") == "1":
+            raise
+        print(f"{prog}: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("LAVENDER_TRACEBACK") == "1":
+            raise
+        print(
+            f"{prog}: this is a bug in lavender-min ({type(error).__name__}: {one_line(error)}); "
+            "run again with LAVENDER_TRACEBACK=1 and report it",
+            file=sys.stderr,
+        )
+        return 1

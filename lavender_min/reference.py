@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lavender_min.geometry import PatchLayout
 
-EPS = 1e-6  # in the min-max normalisation, as in the paper's code
+# in the min-max normalisation, as in the paper's code
+EPS = 1e-6
 
 
 def word_attention(
@@ -29,40 +30,74 @@ def word_attention(
 ) -> Float[Tensor, "n h gy gx"]:
     """Attention of picked rows of the query over the picture, one map a head: out = resize_y · A[..., index] · resize_xᵀ.
 
-    `rows` is one list for the whole batch, picture after picture; picture i has counts[i] of them. For each picture:
+    `rows` is one list for the whole batch, picture after picture; picture i has counts[i] of them.
 
-    1. Rows first: only the picked rows are scored, so the largest tensor is [h, n, p], never [h, t, p].
-    2. A is the softmax over all keys; query head i reads key head i // (h / hkv), so K is never repeated.
+    1. Rows first: only the n picked rows of the query are scored, never all t.
+    2. A is the softmax over all keys. Query head i reads key head i // (h / hkv), so K is never repeated.
     3. The keys of `layout` are put in picture order (index −1: no patch, 0) and resampled to gy × gx.
 
+    Steps 2 and 3 are done for one picture and one key head at a time (`head_maps`): its scores fit in the processor's cache.
     Rows of −1 and rows whose keys are all masked (False or −inf) are 0.
     """
-    (b, h, t, d), (hkv, p) = query.shape, key.shape[1:3]
+    (b, h, t, d), (hkv, p), n = query.shape, key.shape[1:3], len(rows)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scale = d**-0.5 if scale is None else scale
-    if attn_mask is not None:
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)].expand(b, -1, t, p)
-    maps = []
-    for i, row in enumerate(rows.long().split(list(counts))):
-        nothing, row = row < 0, row.clamp(min=0)
-        picked = rearrange(query[i, :, row].to(dtype) * scale, "(hkv group) n d -> hkv (group n) d", hkv=hkv)
-        scores = (picked @ key[i].to(dtype).mT).view(h, -1, p)
-        if is_causal or attn_mask is not None:
-            mask = attn_mask[i, :, row] if attn_mask is not None else torch.arange(p, device=row.device) <= row[:, None]
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
-            # a row with no key left would be 0 / 0
-            dead = (mask == -torch.inf).all(-1)
-            scores, nothing = scores + mask.masked_fill(dead[..., None], 0), nothing | dead
-        attention = scores.softmax(-1)
+    picture = torch.arange(b).repeat_interleave(torch.tensor(counts, dtype=torch.long)).to(rows.device)
+    nothing, row = rows[:, None] < 0, rows.long().clamp(min=0)
+    picked = query[picture, :, row].to(dtype) * (d**-0.5 if scale is None else scale)  # [n, h, d]
 
-        index = layout.index[i].long()
-        canvas = attention[..., index.clamp(min=0)]
-        if (index < 0).any():
-            canvas = canvas.masked_fill(index < 0, 0)
-        out = layout.resize_y[i].to(dtype) @ canvas @ layout.resize_x[i].to(dtype).mT
-        maps.append(rearrange(out.masked_fill(nothing[..., None, None], 0), "h n gy gx -> n h gy gx"))
-    return torch.cat(maps)
+    mask = None
+    if is_causal:
+        mask = additive(torch.arange(p, device=rows.device) <= row[:, None, None], dtype)
+    elif attn_mask is not None:
+        mask = additive(attn_mask[(None,) * (4 - attn_mask.ndim)].expand(b, -1, t, p)[picture, :, row], dtype)
+    if mask is not None:
+        # softmax of a row with no key left would be 0 / 0
+        dead = (mask == -torch.inf).all(-1)
+        mask, nothing = mask.masked_fill(dead[..., None], 0).expand(n, h, p), nothing | dead
+
+    queries = by_key_head(picked, counts, hkv)
+    masks = [None] * len(queries) if mask is None else by_key_head(mask, counts, hkv)
+    # unbind: the gradient of a slice would be as large as all of K, once for every slice
+    keys = rearrange(key, "b hkv p d -> (b hkv) p d").unbind()
+    layouts = list(zip(layout.index.long(), layout.resize_y.to(dtype), layout.resize_x.to(dtype), strict=True))
+    maps = [
+        head_maps(q, k.to(dtype), m, *layouts[i // hkv])
+        for i, (q, k, m) in enumerate(zip(queries, keys, masks, strict=True))
+    ]
+    out = torch.cat([torch.cat(maps[i : i + hkv], 1) for i in range(0, b * hkv, hkv)])
+    return out.masked_fill(nothing[..., None, None], 0) if nothing.any() else out
+
+
+def head_maps(
+    query: Float[Tensor, "n group d"],
+    key: Float[Tensor, "p d"],
+    mask: Float[Tensor, "n group p"] | None,
+    index: Int[Tensor, "hc wc"],
+    resize_y: Float[Tensor, "gy hc"],
+    resize_x: Float[Tensor, "gx wc"],
+) -> Float[Tensor, "n group gy gx"]:
+    """The maps of one picture through one key head: resize_y · softmax(query · keyᵀ + mask)[..., index] · resize_xᵀ."""
+    (n, group, _), (p, _) = query.shape, key.shape
+    scores = (query.flatten(0, 1) @ key.mT).view(n, group, p)
+    if mask is not None:
+        scores += mask
+    cells = index.clamp(min=0).flatten().expand(n, group, -1)
+    canvas = scores.softmax(-1).gather(-1, cells).unflatten(-1, index.shape)
+    if (index < 0).any():
+        canvas = canvas.masked_fill(index < 0, 0)
+    return resize_y @ canvas @ resize_x.mT
+
+
+def by_key_head(x: Float[Tensor, "n h _"], counts: Sequence[int], hkv: int) -> list[Tensor]:
+    """[n, h, ·] -> one [counts[i], h / hkv, ·] for each picture i and each key head, picture after picture."""
+    return [block for own in x.split(list(counts)) for block in own.chunk(hkv, 1)]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to be added to scores: where a bool one is False, −inf."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+    return mask.to(dtype)
 
 
 @torch.no_grad()
@@ -108,6 +143,7 @@ def aligner_mse(
     predicted = einsum(features, weight.to(dtype), "m c gy gx, c -> m gy gx") + bias.to(dtype)
     if output == "minmax":
         low, high = predicted.amin((1, 2), keepdim=True), predicted.amax((1, 2), keepdim=True)
-        spread = torch.where(high > low, high - low + EPS, torch.inf)  # x / inf: value 0, gradient 0
+        # x / inf: value 0, gradient 0
+        spread = torch.where(high > low, high - low + EPS, torch.inf)
         predicted = (predicted - low) / spread
     return (predicted - target).square().sum() / max(predicted.numel(), 1)

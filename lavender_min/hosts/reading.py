@@ -95,9 +95,7 @@ def picked_mask(mask: Tensor | None, is_causal: bool, words: WordRows, p: int) -
     return padded(mask.expand(len(words.counts), -1, -1, -1)[words.texts, :, rows], words.counts).transpose(1, 2)
 
 
-def attend(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sink=None, layer_inputs=None, **kwargs
-):
+def attend(module, query, key, value, attention_mask, sink=None, layer_inputs=None, **kwargs):
     """The attention function: the host's own scaled dot product, untouched, and beside it the maps that a sink wants.
 
     query [b, h, t, d] and key [b, hkv, p, d] come after projection, norm and rotation, key heads not repeated. No mask means
@@ -105,9 +103,15 @@ def attend(
     """
     if sink is not None and layer_inputs is not None:
         causal = attention_mask is None and query.shape[2] > 1 and getattr(module, "is_causal", True)
-        call = {"query": query, "key": key, "attn_mask": attention_mask, "is_causal": causal, "scale": scaling}
+        call = {
+            "query": query,
+            "key": key,
+            "attn_mask": attention_mask,
+            "is_causal": causal,
+            "scale": kwargs.get("scaling"),
+        }
         sink.read(module, call, layer_inputs)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def pass_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

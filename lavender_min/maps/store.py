@@ -181,13 +181,7 @@ class MapWriter:
         self._rows: list[dict[str, Any]] = []
 
     def add(
-        self,
-        id: str,
-        question: str,
-        answer: str,
-        words: Sequence[Word],
-        maps: Float[Tensor, "w g g"],
-        sos: float,
+        self, id: str, question: str, answer: str, words: Sequence[Word], maps: Float[Tensor, "w g g"], sos: float
     ) -> None:
         """Keep one example; every `shard_size` of them become a shard."""
         if tuple(maps.shape) != (len(words), MAP_SIDE, MAP_SIDE):

@@ -12,6 +12,7 @@ import ast
 import importlib.util
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(argv: list[str]) -> int:
     """Our own flags and the data come first: the Trainer takes five seconds to import."""
     known = trainer_flags()
-    about = f"{__doc__}\nThe Trainer's flags (--help_training explains them): {' '.join(known)}"
+    names = textwrap.fill(" ".join(known), 100, break_on_hyphens=False)
+    about = f"{__doc__}\nThe Trainer's flags (--help_training explains them):\n{names}"
     flags, rest = cli.parse_known(Flags, PROG, about, argv)
     unknown = [word for word in rest if word.startswith("--") and word.split("=")[0] not in known]
     if unknown:

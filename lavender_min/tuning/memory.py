@@ -106,24 +106,28 @@ class TakeRows(torch.autograd.Function):
         return gradient.new_empty(ctx.shape), None, None
 
 
-def cpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def cpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **rest):
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=rest.get("scale"))[0]
 
 
-def gpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def gpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **rest):
     """Flash attention; with a mask the memory-efficient kernel, which copies a mask whose rows are not a multiple of 8 long."""
     aten = torch.ops.aten
     # As autocast does.
     query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
     if attn_mask is None:
-        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        return aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, scale=rest.get("scale")
+        )[0]
     p = attn_mask.shape[-1]
     if p % 8:
         attn_mask = nn.functional.pad(attn_mask, (0, -p % 8))[..., :p]
     attn_mask = attn_mask.expand(*query.shape[:3], p)
     efficient = aten._scaled_dot_product_efficient_attention
-    return efficient(query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal, scale=scale)[0]
+    return efficient(query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal, scale=rest.get("scale"))[
+        0
+    ]
 
 
 def is_mask(index: Any) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange, repeat
-from measure import DEVICE, DTYPE, OWN, Row, measure
+from measure import DEVICE, DTYPE, OWN, Ratio, Row, compare, measure
 from torch.nn import functional as F
 
 from lavender_min import ops
@@ -51,10 +51,8 @@ def rows_first(query, key, rows, counts, layout):
     return resample(rearrange(attention, "b hkv (group n) p -> b (hkv group) n p", n=counts[0]), layout)
 
 
-def word_rows(
-    case: str, backends: Sequence[str] = (OWN,), compiled: bool = COMPILES, *, h, hkv, d, t, n, tiles, b, patches, g
-) -> list[Row]:  # fmt: skip
-    """n rows of each of b pictures, of `tiles` tiles of 1 + patches² keys."""
+def word_arguments(h, hkv, d, t, n, tiles, b, patches, g):
+    """query, key, n rows of each of b pictures, counts, and the layout of `tiles` tiles of 1 + patches² keys."""
     p, high, wide = tiles * (patches**2 + 1), patches * (2 if tiles == 4 else 1), patches * min(tiles, 2)
     if tiles == 3:
         high, wide = patches, 3 * patches
@@ -64,7 +62,13 @@ def word_rows(
     tile = torch.arange(tiles)[:, None, None] * (patches**2 + 1) + 1 + torch.arange(patches**2).view(patches, patches)
     index = rearrange(tile, "(ty tx) y x -> (ty y) (tx x)", ty=high // patches).int().expand(b, -1, -1)
     layout = PatchLayout(index, *(resize_matrix(m, g).expand(b, -1, -1) for m in (high, wide))).to(DEVICE)
-    arguments = (query, key, rows, [n] * b, layout)
+    return query, key, rows, [n] * b, layout
+
+
+def word_rows(case: str, backends: Sequence[str] = (OWN,), compiled: bool = COMPILES, **sizes) -> list[Row]:
+    """The sizes are those of `word_arguments`."""
+    query, key, *_ = arguments = word_arguments(**sizes)
+    (b, h, t, d), p, n, g = query.shape, key.shape[2], sizes["n"], sizes["g"]
     methods = {f"ours ({x})": lambda x=x: ops.word_attention(*arguments, backend=x) for x in backends}
     methods["rows first"] = lambda: rows_first(*arguments)
     if compiled:
@@ -75,6 +79,16 @@ def word_rows(
     flops = 6 * 2 * b * h * n * p * d
     nbytes = query.element_size() * (2 * b * h * n * d + 3 * key.numel()) + 8 * b * n * h * g * g
     return [measure("word_attention", case, name, f, (query, key), flops, nbytes) for name, f in methods.items()]
+
+
+def word_ratio(case: str, turns: int, **sizes) -> Ratio:
+    """The PyTorch backend over rows first, on a CPU."""
+    query, key, *_ = arguments = word_arguments(**sizes)
+    methods = {
+        "ours (torch)": lambda: ops.word_attention(*arguments, backend="torch"),
+        "rows first": lambda: rows_first(*arguments),
+    }
+    return compare("word_attention, torch over rows first", case, methods, (query, key), turns)
 
 
 # --- diffusion_attention ----------------------------------------------------------------------------------------------

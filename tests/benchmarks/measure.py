@@ -31,6 +31,20 @@ class Row(NamedTuple):
     gbps: float  # bytes that have to be read or written once, over both_ms
 
 
+class Ratio(NamedTuple):
+    """One method over another: below 1 it is faster, or smaller."""
+
+    op: str
+    case: str
+    method: str
+    over: str
+    turns: int
+    forward_time: float
+    both_time: float  # forward and backward
+    forward_memory: float  # extra peak
+    both_memory: float
+
+
 def milliseconds(function: Callable[[], object]) -> float:
     """Median: `do_bench` on a GPU, three runs after a warm one on a CPU."""
     if DEVICE == "cuda":
@@ -98,6 +112,36 @@ def measure(
     return Row(op, case, method, *times, *peaks, flops / seconds / 1e12, nbytes / seconds / 1e9)
 
 
+def compare(
+    op: str,
+    case: str,
+    methods: dict[str, Callable[[], torch.Tensor]],
+    inputs: Sequence[torch.Tensor],
+    turns: int,
+) -> Ratio:
+    """The first of two methods over the second, on a CPU.
+
+    They take turns, and a turn gives a ratio of CPU times; the median over turns counts. So other work on the machine slows
+    both alike, and does not decide.
+    """
+    (name, one), (other_name, other) = methods.items()
+    gradient = torch.randn_like(one().detach())
+
+    def cpu_time(function: Callable[[], object]) -> float:
+        start = time.process_time()
+        function()
+        return time.process_time() - start
+
+    def ratios(first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float]:
+        second()
+        times = [cpu_time(first) / cpu_time(second) for _ in range(turns)]
+        return statistics.median(times), extra_peak_mib(first) / extra_peak_mib(second)
+
+    forward_time, forward_memory = ratios(one, other)
+    both_time, both_memory = ratios(*(lambda f=f: torch.autograd.grad(f(), inputs, gradient) for f in (one, other)))
+    return Ratio(op, case, name, other_name, turns, forward_time, both_time, forward_memory, both_memory)
+
+
 def show(rows: Sequence[Row], baseline: str) -> None:
     """A table for every case, beside the baseline's time and memory."""
     print(f"\n{DEVICE}: {device_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -125,7 +169,7 @@ def ceilings() -> dict[str, float]:
     return {"copy_gbps": 2 * source.nbytes / copy / 1e6, "matmul_tflops": 2 * 8192**3 / product / 1e9}
 
 
-def write(rows: Sequence[Row], folder: Path = RESULTS) -> Path:
+def write(rows: Sequence[Row | Ratio], folder: Path = RESULTS) -> Path:
     """<device>.json, one entry an op, with the versions it was measured with; entries of other ops stay."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{device_name().replace(' ', '-') if DEVICE == 'cuda' else 'cpu'}.json"

@@ -4,6 +4,9 @@ Real sizes carry the marker `benchmark`; `test_the_benchmarks_run` tries the sam
 where it also runs the kernels through Triton's interpreter.
 """
 
+import json
+
+import jaxtyping
 import pytest
 import torch
 from alternatives import (
@@ -16,6 +19,7 @@ from alternatives import (
     explicit,
     one_hot,
     rows_first,
+    word_ratio,
     word_rows,
 )
 from measure import DEVICE, plot, show, write
@@ -42,10 +46,26 @@ def test_word_attention_at_llama_sizes():
 
 
 @pytest.mark.benchmark
+@pytest.mark.skipif(DEVICE == "cuda", reason="measures CPU time")
+def test_the_pytorch_backend_is_as_fast_and_as_small_as_rows_first(monkeypatch):
+    # outside the tests nothing checks annotations at run time
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    ratio = word_ratio("Llama-3.2 1", turns=25, **LLAMA)
+    print(
+        f"\nPyTorch backend over rows first: time {ratio.forward_time:.2f} forward, {ratio.both_time:.2f} with backward; "
+        f"memory {ratio.forward_memory:.2f} and {ratio.both_memory:.2f}"
+    )
+    write([ratio])
+    assert ratio.forward_time <= 1 and ratio.both_time <= 1
+    assert ratio.forward_memory <= 1.05 and ratio.both_memory <= 1.05
+
+
+@pytest.mark.benchmark
 def test_word_attention_sweeps():
     sweeps = {"n": [4, 16, 32, 64, 256], "t": [128, 512, 2048, 8192], "tiles": [1, 2, 3, 4], "b": [1, 2, 4, 8]}
     names = {"n": "picked tokens", "t": "text tokens", "tiles": "tiles", "b": "batch"}
-    if DEVICE == "cpu":  # eager full maps take seconds a call here
+    if DEVICE == "cpu":
+        # eager full maps take seconds a call here
         sweeps = {"n": [4, 64], "t": [128, 512], "tiles": [1, 4], "b": [1, 2]}
     rows = []
     for axis, values in sweeps.items():
@@ -92,7 +112,11 @@ def test_the_benchmarks_run(tmp_path):
     others = diffusion_rows(4, 8, b=1, h=2, length=5, w=2, backends=both) + aligner_rows(2, 2, 4, both, compiled=False)
     assert [row.method for row in words] == ["ours (torch)", "ours (triton)", "rows first", "eager full maps"]
     assert len(others) == 4 + 3 and all(row.both_ms > 0 and row.both_mib > 0 for row in words + others)
+    ratio = word_ratio("toy 1", turns=1, **TOY)
+    assert (ratio.method, ratio.over) == ("ours (torch)", "rows first") and min(ratio[-4:]) > 0
+    write([ratio], tmp_path)
     path = write(words, tmp_path)
+    assert set(json.loads(path.read_text())) == {ratio.op, words[0].op}
     plot(words, path.with_suffix(".png"))
     assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".png"}
 

@@ -1,8 +1,12 @@
 """What the commands share: flags from a dataclass, help that says the defaults, errors in one line."""
 
+import resource
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
+from conftest import ROOT
 
 from lavender_min import cli
 
@@ -60,7 +64,7 @@ def test_help_shows_the_description_as_it_is_and_each_default_once(capsys, monke
         (["--data", "other"], "argument --data: invalid choice: 'other' (choose from"),
         (["--data", "toy", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
         # No abbreviations: what is misspelt is an error.
-        (["--data", "toy", "--step", "1"], "Some specified arguments are not used"),
+        (["--data", "toy", "--step", "1"], "there is no flag --step"),
         (["--data", "toy", "--steps", "-1"], "--steps must be a whole number of at least 0; got -1"),
         (["--data", "toy", "--sides"], "argument --sides: expected at least one argument"),
     ],
@@ -89,12 +93,46 @@ def test_run_gives_the_exit_code_and_one_line_for_what_the_user_can_mend(capsys)
     for error in (ValueError("two\n  lines"), FileNotFoundError("two lines")):
         assert cli.run("some.py", lambda error=error: fails(error)) == 2
         assert capsys.readouterr().err == "some.py: two lines\n"
-    # Anything else is a mistake of ours, and shows where.
-    with pytest.raises(KeyError):
-        cli.run("some.py", lambda: fails(KeyError("x")))
+    # Anything else is a mistake of ours.
+    assert cli.run("some.py", lambda: fails(KeyError("x"))) == 1
+    assert "this is a bug in lavender-min (KeyError: 'x')" in capsys.readouterr().err
 
 
 def test_at_least_passes_what_is_not_given():
     cli.at_least(1, limit=None, steps=1)
     with pytest.raises(ValueError, match="--draws must be a whole number of at least 2; got 1"):
         cli.at_least(2, limit=2, draws=1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "code"),
+    [
+        ("teachers", ["--help"], 0),
+        ("teachers", ["--data", "flickr30k"], 2),
+        ("teachers", ["--data", "x"], 2),
+        ("tuning", ["--help"], 0),
+        ("tuning", ["--qlora"], 2),
+        ("tuning", ["--data", "toy", "--maps", "nowhere"], 2),
+        ("tuning", ["--data", "toy", "--learning_rat", "1"], 2),
+        ("evaluation", ["--help"], 0),
+        ("evaluation", ["--data", "flickr30k"], 2),
+    ],
+)
+def test_help_and_missing_data_take_under_three_seconds_and_no_torch(tmp_path, stage, arguments, code):
+    script = f"""
+import sys
+from lavender_min.{stage}.command import main
+try:
+    code = main({arguments})
+except SystemExit as stop:
+    code = stop.code
+assert code == {code}, code
+assert not {{"torch", "diffusers", "accelerate"}} & set(sys.modules)
+"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3

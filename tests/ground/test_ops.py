@@ -38,7 +38,8 @@ def slow_word_attention(query, key, rows, counts, layout, attn_mask=None, is_cau
     out = []
     for i, row in zip(pictures, rows.tolist(), strict=True):
         for head in range(h):
-            attention = torch.cat([full[i, head, row], full.new_zeros(1)])  # index −1 reads the 0 at the end
+            # index −1 reads the 0 at the end
+            attention = torch.cat([full[i, head, row], full.new_zeros(1)])
             canvas = attention[layout.index[i].long()]
             out.append(layout.resize_y[i] @ canvas @ layout.resize_x[i].T * (row >= 0))
     return torch.stack(out).unflatten(0, (len(rows), h))
@@ -73,7 +74,8 @@ def test_word_attention_gradcheck():
     layout = draw_layout(1, 2, 3, 2, 3, p=7)
     rows = torch.tensor([2, 0, -1], dtype=torch.int32)
     mask = torch.ones(3, 7, dtype=torch.bool)
-    mask[0] = False  # row 0 sees nothing
+    # row 0 sees nothing
+    mask[0] = False
     assert torch.autograd.gradcheck(
         lambda q, k: reference.word_attention(q, k, rows, [3], layout, attn_mask=mask),
         (query.requires_grad_(), key.requires_grad_()),
@@ -161,7 +163,8 @@ def test_diffusion_attention_is_sdpa_and_adds_word_maps():
     maps = torch.ones(2, 5, 16, dtype=torch.float64)
     out = ops.diffusion_attention(query, key, value, weights, maps, scale=0.4)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(query, key, value, scale=0.4))
-    one_hot = weights[:, None].expand(-1, 3, -1, -1)  # the maps are the attention's output with the weights as value
+    # the maps are the attention's output with the weights as value
+    one_hot = weights[:, None].expand(-1, 3, -1, -1)
     torch.testing.assert_close(maps, 1 + F.scaled_dot_product_attention(query, key, one_hot, scale=0.4).mean(1).mT)
 
 
@@ -260,11 +263,9 @@ def test_backend_choice(monkeypatch, caplog):
 
 
 @pytest.fixture
-def annotations_unchecked():
+def annotations_unchecked(monkeypatch):
     """The tests check annotations at run time, before an op can say anything itself."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-A10G_SHARED = 99 * 1024  # bytes a block can have; A100 163 KB, H100 227 KB
+# bytes a block can have; A100 163 KB, H100 227 KB
+A10G_SHARED = 99 * 1024
 DOTS = {"row_stats", "small_map", "query_gradient", "key_gradient", "attend"}
-PLAIN = {"key_order", "sum_query_gradient", "word_error", "feature_gradient"}  # no matrix product in these
+# no matrix product in these
+PLAIN = {"key_order", "sum_query_gradient", "word_error", "feature_gradient"}
 
 COMPILE = """
 import json
@@ -33,7 +35,8 @@ with aot.compile_only(86):
     aot.word_case(dtype=torch.bfloat16, d=256, mask="none")
     aot.diffusion_case(8, 24, dtype=torch.float32, words=40)
     aot.aligner_case(dtype=torch.bfloat16, output="none")
-    line = aot._Layout(meta(2, 1, 64, dtype=torch.int32), meta(2, 1, 1), meta(2, 12, 64))  # latents, one output row
+    # latents, one output row
+    line = aot._Layout(meta(2, 1, 64, dtype=torch.int32), meta(2, 1, 1), meta(2, 12, 64))
     query, key = (meta(2, heads, length, 16).requires_grad_() for heads, length in ((3, 7), (1, 64)))
     out = aot.word_attention(query, key, meta(3, dtype=torch.int32), [1, 2], line)
     out.backward(meta(out.shape))

@@ -36,7 +36,8 @@ def draw_word(seed=0, h=4, hkv=2, t=6, p=40, d=10, counts=(3, 3), hc=3, wc=5, gy
     resize_y, resize_x = (resize_matrix(c, g).expand(b, -1, -1) for c, g in ((hc, gy), (wc, gx)))
     rows = torch.randint(0, t, (n,), generator=make, dtype=torch.int32)
     if n > 2:
-        rows[1], rows[-3] = -1, rows[-1]  # no row; one picked twice
+        # no row; one picked twice
+        rows[1], rows[-3] = -1, rows[-1]
     return query, key, rows.to(DEVICE), list(counts), PatchLayout(index, resize_y, resize_x).to(DEVICE)
 
 
@@ -102,7 +103,8 @@ def test_word_attention(kind):
     mask = None
     if kind == "bool":
         mask = draw(5, 2, 1, 6, 90) > -0.5
-        mask[0, 0, 3] = mask[1, 0, 5] = False  # rows that see nothing
+        # rows that see nothing
+        mask[0, 0, 3] = mask[1, 0, 5] = False
     elif kind == "bool, one row for all":
         mask = draw(5, 90) > -0.5
     elif kind == "float, per head":
@@ -333,10 +335,12 @@ def test_aligner_mse_any_shape(m, c, gy, gx, output):
 
 def test_aligner_mse_with_ties_and_constant_maps():
     def change(features):
-        features[0] = 1  # a constant map
+        # a constant map
+        features[0] = 1
         features[1].round_().clamp_(-1, 1)
-        features[2, :, 0, :3] = features[2, :, 1, :3]  # pairs of equal cells
-        features[2, :, 0] *= 10  # among them, most likely, the extremes
+        # pairs of equal cells, among them, most likely, the extremes
+        features[2, :, 0, :3] = features[2, :, 1, :3]
+        features[2, :, 0] *= 10
 
     check_aligner(c=2, change=change, least=-9)
     check_aligner(c=1, change=change, least=-9)
