@@ -1,7 +1,9 @@
 """What the README says can be done, can be done: its commands exist, the cheap ones run, its files are there."""
 
+import ast
 import re
 import shlex
+from typing import NamedTuple
 
 import pytest
 from conftest import ROOT, run_script
@@ -15,6 +17,27 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.split("#")[0].strip()
 ]
+
+
+class Entry(NamedTuple):
+    """A file or folder of the README's tree, and whether it is bold: on the core path."""
+
+    path: str
+    bold: bool
+
+
+def tree() -> list[Entry]:
+    """Each line names one or more files, then says what they are; what is indented lies in the folder above it."""
+    (drawn,) = re.findall(r"<pre>\n(.*?)</pre>", README, re.S)
+    entries: list[Entry] = []
+    folders: list[str] = []
+    for line in drawn.splitlines():
+        indent, bold, names = re.match(r"( *)(<b>)?([\w./]+(?:, [\w./]+)*)(?:</b>)?(?:  |$)", line).groups()
+        del folders[len(indent) // 2 :]
+        entries += [Entry("".join(folders) + name, bool(bold)) for name in names.split(", ")]
+        if names.endswith("/"):
+            folders.append(names)
+    return entries
 
 
 def test_there_are_commands_to_test():
@@ -35,7 +58,8 @@ def test_real_commands_end_in_one_line_without_data_or_network(command):
     last = done.stderr.strip().splitlines()[-1]
     if command[1] in ("extract.py", "train.py"):
         assert last.startswith(command[1]) and "--data toy" in last
-    else:  # they ask for the results of those
+    else:
+        # They want the results of those.
         assert any(f"{word}: " in last for word in (command[1], command[2].split(".")[-1], command[2]))
 
 
@@ -47,17 +71,40 @@ def test_plans_need_nothing(command):
 
 
 @pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
-def test_python_examples_run(code, monkeypatch):
+def test_python_examples_run_and_print_what_they_say(code, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     exec(compile(code, "README.md", "exec"), {})
+    says = [line.removeprefix("# → ") for line in code.splitlines() if line.startswith("# → ")]
+    assert says and capsys.readouterr().out.splitlines() == says
 
 
-def test_files_and_links_are_there():
-    rows = re.findall(r"^\| ((?:`[\w/.]+`(?:, )?)+) \|", README, re.M)
-    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert len(named) > 15 and links
-    for name in named + links:
+def test_the_tree_holds_every_module_and_nothing_else():
+    named = [entry.path for entry in tree()]
+    for name in named:
         assert (ROOT / name).exists(), name
-    modules = {p.name for p in (ROOT / "lavender_min").glob("*.py")} - {"__init__.py"}
-    assert modules <= {name.removeprefix("lavender_min/") for name in named}
+    assert len(named) == len(set(named))
+    folders = [ROOT, ROOT / "kernels", *(ROOT / "lavender_min").rglob("*/"), ROOT / "lavender_min"]
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
+        if folder != ROOT / "lavender_min" / "kernels"
+        for path in folder.glob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert len(modules) > 60 and modules <= set(named), modules - set(named)
+
+
+def test_links_lead_somewhere():
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert len(links) > 4
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_the_papers_table_names_what_there_is():
+    """A file of the package, and a function or class in it."""
+    pairs = re.findall(r"`([\w/]+\.py)` `(\w+)`", README)
+    assert len(pairs) > 12
+    for file, name in pairs:
+        body = ast.walk(ast.parse((ROOT / "lavender_min" / file).read_text()))
+        assert name in {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}, (file, name)
