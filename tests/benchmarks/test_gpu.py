@@ -87,16 +87,12 @@ def test_without_a_gpu_it_says_so_at_once(capsys):
     assert "make gpu TINY=1" in capsys.readouterr().err
 
 
-# Until the alternatives have left test_benchmarks.py for a file of their own, which does not need pytest.
-MISSING = ("pytest",) if (GPU.parent / "alternatives.py").exists() else ()
-
-
 def test_parts_a_to_d_need_neither_pyarrow_nor_datasets_nor_pytest():
     """A name that is None in sys.modules is, to whoever imports it or looks for it, not installed."""
     code = f"""
 import sys
 sys.path[:0] = [{str(GPU.parent)!r}, {str(GPU.parents[1])!r}, {str(ROOT)!r}]
-sys.modules.update(dict.fromkeys(("pyarrow", "datasets", "hypothesis", *{MISSING!r})))
+sys.modules.update(dict.fromkeys(("pyarrow", "datasets", "hypothesis", "pytest")))
 import gpu.{", gpu.".join(name for name in runner.PARTS if name != "whole")}
 from gpu.stage1 import small
 small()

@@ -5,7 +5,6 @@ Inputs are drawn anew for every case, the same ones every time.
 """
 
 from functools import partial
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -119,17 +118,6 @@ class Ways(NamedTuple):
 # --- word_attention ---------------------------------------------------------------------------------------------------
 
 
-def word_maps(query, key, rows, counts, layout, *, backend, **options) -> Tensor:
-    """`ops.word_attention` of flat rows, `counts` of them a picture: [n, h, gy, gx]."""
-    if "counts" in signature(ops.word_attention).parameters:
-        return ops.word_attention(query, key, rows, counts, layout, backend=backend, **options)
-    # Until the op takes flat rows: a table of them, −1 where a picture has fewer.
-    table = rows.new_full((len(counts), max(counts)), -1)
-    for i, some in enumerate(rows.split(counts)):
-        table[i, : len(some)] = some
-    return ops.word_attention(query, key, table, layout, backend=backend, **options)[table >= 0]
-
-
 def eager_word(query, key, rows, counts, layout, attn_mask=None, is_causal=False) -> Tensor:
     """The whole [b, h, t, p] in the inputs' own precision, then the rows and the keys that are wanted."""
     (b, h, t, d), (hkv, p) = query.shape, key.shape[1:3]
@@ -172,7 +160,7 @@ def word_ways(dtype: torch.dtype, sizes: Word) -> Ways:
     elif mask == "causal":
         options["is_causal"] = True
     fixed = {"rows": rows.to(DEVICE), "counts": list(counts), "layout": layout.to(DEVICE), **options}
-    return Ways(partial(word_maps, backend="triton", **fixed), partial(eager_word, **fixed), [query, key])
+    return Ways(partial(ops.word_attention, backend="triton", **fixed), partial(eager_word, **fixed), [query, key])
 
 
 # --- the other two ----------------------------------------------------------------------------------------------------

@@ -14,19 +14,14 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import alternatives
 import torch
 from measure import DEVICE, DTYPE, Row, milliseconds
 
-from gpu.cases import word_maps
 from gpu.record import Record, ceilings
+from lavender_min import ops
 from lavender_min.geometry import PatchLayout, resize_matrix
 from lavender_min.kernels import word_attention
-
-try:
-    import alternatives
-except ImportError:
-    # until the alternatives have a file of their own
-    import test_benchmarks as alternatives
 
 TINY = {"h": 2, "hkv": 1, "d": 16, "t": 4, "n": 1, "tiles": 1, "b": 1, "patches": 2, "g": 2}
 CANDIDATES = {"BR": (16, 32, 64, 128), "BX": (16, 32, 64), "BK": (32, 64, 128), "num_warps": (4, 8)}
@@ -113,7 +108,7 @@ def once(sizes: dict[str, int]) -> Callable[[], list[torch.Tensor]]:
     gradient = torch.randn(b * n, h, g, g, device=DEVICE)
 
     def call() -> list[torch.Tensor]:
-        out = word_maps(*inputs, rows, [n] * b, layout, backend="triton")
+        out = ops.word_attention(*inputs, rows, [n] * b, layout, backend="triton")
         return [out.detach(), *torch.autograd.grad(out, inputs, gradient)]
 
     return call

@@ -1,19 +1,22 @@
-"""A host with the architecture of a real one and random weights in 4 bits, and a batch for it: nothing is downloaded.
+"""A host with the architecture of a real one and random weights, and a batch for it: nothing is downloaded.
 
 The model is made without memory; then each layer in turn gets its numbers on the device and is packed to NF4 (double quantisation)
 before the next one comes, so that 22 GB never exist at once.
 """
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
 from measure import DEVICE
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForImageTextToText
 
-from lavender_min.geometry import MAP_SIDE, resize_matrix
-from lavender_min.tuning import memory
+from lavender_min.geometry import MAP_SIDE
+from lavender_min.hosts.base import Family, collate_views
+from lavender_min.hosts.reading import hook
 
 HALF = torch.bfloat16
 
@@ -25,27 +28,29 @@ class Size(NamedTuple):
     rank: int  # of the low-rank parallel projections
 
 
-class Host(NamedTuple):
+class Blueprint(NamedTuple):
+    """What a host is made of, without weights."""
+
     config: Any
-    family: Any
+    family: Family
 
 
-def random_host(host: Host, dtype: torch.dtype = HALF) -> Any:
-    """The hooked host with random weights on DEVICE, all linear layers but lm_head in NF4, packed one by one."""
+def random_host(blueprint: Blueprint, dtype: torch.dtype = HALF, quantize: bool = True) -> Any:
+    """The hooked host with random weights on DEVICE; all linear layers but lm_head in NF4, packed one by one."""
     with init_empty_weights(include_buffers=False):
-        vlm = AutoModelForImageTextToText.from_config(host.config, dtype=dtype)
-    for name, module in list(vlm.named_modules()):
+        host = AutoModelForImageTextToText.from_config(blueprint.config, dtype=dtype)
+    for name, module in list(host.named_modules()):
         for key, parameter in list(module.named_parameters(recurse=False)):
             value = torch.randn(parameter.shape, dtype=dtype, device=DEVICE).mul_(0.02)
             value += 1 if "norm" in name and key == "weight" else 0
             setattr(module, key, nn.Parameter(value, requires_grad=False))
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            vlm.set_submodule(name, packed(module, dtype))
-    vlm.to(DEVICE)
+        if quantize and isinstance(module, nn.Linear) and name != "lm_head":
+            host.set_submodule(name, packed(module, dtype))
+    host.to(DEVICE)
     # PEFT goes by this.
-    vlm.is_loaded_in_4bit = True
-    host.family.hook(vlm)
-    return vlm
+    host.is_loaded_in_4bit = quantize
+    hook(host, blueprint.family)
+    return host
 
 
 def packed(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
@@ -63,32 +68,31 @@ def packed(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     return layer
 
 
-def real_batch(config: Any, size: Size) -> dict[str, Any]:
-    """`memory.make_batch` with numbers: the last tokens answer, the picture fills four tiles."""
+def real_batch(blueprint: Blueprint, size: Size) -> dict[str, Any]:
+    """The planner's batch with numbers: the last tokens answer, each a word of its own; the picture fills all of its tiles."""
     b, tokens, answer, _ = size
-    pixels = config.vision_config.image_size
-    side = pixels // config.vision_config.patch_size
+    config, family = blueprint
+    inputs = {name: torch.ones(x.shape, dtype=x.dtype) for name, x in family.imagine(config, b, tokens).inputs.items()}
+    inputs["pixel_values"] = torch.randn_like(inputs["pixel_values"])
+    # 6 is two by two tiles.
+    inputs["aspect_ratio_ids"].fill_(6)
     ids = torch.randint(3, config.text_config.vocab_size, (b, tokens))
-    word_tokens = torch.arange(tokens - answer, tokens, dtype=torch.int32).expand(b, -1)[..., None].contiguous()
-    y, x = torch.arange(2 * side)[:, None], torch.arange(2 * side)[None]
-    index = (y // side * 2 + x // side) * (side * side + 1) + 1 + y % side * side + x % side
-    matrix = resize_matrix(2 * side).expand(b, -1, -1).contiguous()
-    batch = {
-        name: torch.ones(value.shape, dtype=value.dtype)
-        for name, value in memory.make_batch(config, b, tokens, answer).items()
-        if name != "layout"
-    } | {
-        "input_ids": ids,
-        "pixel_values": torch.randn(b, 1, 4, 3, pixels, pixels),
-        # two by two
-        "aspect_ratio_ids": torch.full((b, 1), 6),
-        "labels": ids.where(torch.arange(tokens) >= tokens - answer, -100),
-        "word_tokens": word_tokens,
-        "word_rows": word_tokens - 1,
-        "targets": torch.rand(b, answer, MAP_SIDE, MAP_SIDE),
-        "layout": [index.int().expand(b, -1, -1).contiguous(), matrix, matrix.clone()],
+    processor = SimpleNamespace(image_processor=SimpleNamespace(max_image_tiles=4))
+    side = 2 * config.vision_config.image_size
+    views = [family.views((side, side), processor, config, own, (0.0, 1.0, 0.0, 1.0)) for own in ids]
+    spoken = torch.arange(tokens - answer, tokens, dtype=torch.int32).repeat(b)
+    words = {
+        "rows": spoken - 1,
+        "counts": [answer] * b,
+        "texts": torch.arange(b).repeat_interleave(answer),
+        "tokens": spoken,
+        "lengths": torch.ones(b * answer, dtype=torch.long),
+        "targets": torch.rand(b * answer, MAP_SIDE, MAP_SIDE),
+        "views": [list(view) for view in collate_views(views)],
     }
-    return {k: [x.to(DEVICE) for x in v] if isinstance(v, list) else v.to(DEVICE) for k, v in batch.items()}
+    labels = ids.where(torch.arange(tokens) >= tokens - answer, -100)
+    batch = {"input_ids": ids, **inputs, "labels": labels, "words": words}
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(DEVICE), batch)
 
 
 def held_bytes(module: nn.Module) -> int:

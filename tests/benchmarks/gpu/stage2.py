@@ -12,17 +12,21 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from measure import DEVICE, extra_peak_mib
+from torch.utils._pytree import tree_leaves
 from transformers import MllamaConfig
 
-from gpu.random_host import HALF, Host, Size, held_bytes, random_host, real_batch
+from gpu.random_host import HALF, Blueprint, Size, held_bytes, random_host, real_batch
 from gpu.record import Record
 from lavender_min.align.aligner import Align
-from lavender_min.hosts import mllama
+from lavender_min.hosts.load import Host
+from lavender_min.hosts.mllama import LLAMA, Mllama
 from lavender_min.tuning import memory, runs
+from lavender_min.tuning.flags import ModelFlags
 from lavender_min.tuning.model import Lavender
 
 MIB = 2**20
@@ -45,10 +49,8 @@ TINY = {
 }  # fmt: skip
 
 
-HOSTS: dict[str, Callable[[bool], Host]] = {
-    "Llama-3.2-11B-Vision": lambda tiny: Host(
-        MllamaConfig(**TINY if tiny else {"vision_config": {"image_size": 560}, "text_config": {}}), mllama
-    ),
+HOSTS: dict[str, Callable[[bool], Blueprint]] = {
+    "Llama-3.2-11B-Vision": lambda tiny: Blueprint(MllamaConfig(**TINY) if tiny else Mllama().config(LLAMA), Mllama()),
 }
 
 
@@ -56,18 +58,21 @@ def run(record: Record) -> None:
     tokens, answer, rank, repeats = (32, 8, 4, 1) if record.tiny else (512, 32, 64, 4)
     for name, make in HOSTS.items():
         torch.manual_seed(0)
-        host, began = make(record.tiny), time.perf_counter()
-        vlm = random_host(host)
-        record.add(f"{name}, packed", seconds=time.perf_counter() - began, gib=held_bytes(vlm) / 2**30)
+        blueprint, began = make(record.tiny), time.perf_counter()
+        host = random_host(blueprint)
+        record.add(f"{name}, packed", seconds=time.perf_counter() - began, gib=held_bytes(host) / 2**30)
         with tempfile.TemporaryDirectory() as folder:
-            host.config.save_pretrained(folder)
-            plain = adapted(host, vlm, folder)
+            blueprint.config.save_pretrained(folder)
+            flags = ModelFlags(folder, mode="qlora", match="all")
+            plain = adapted(host, blueprint, flags)
             for b in (1, 2):
                 size, plain_ms = Size(b, tokens, answer, rank), math.nan
                 for case in CASES:
                     what = f"{name}, batch {b}, {case}"
                     with record.trying(what):
-                        row = measured(*step_of(host, plain, folder, case, size), repeats)
+                        own = changed(flags, case, rank)
+                        peak = peak_of(planned(own, blueprint, size))
+                        row = measured(aligned(plain, own), real_batch(blueprint, size), peak, repeats)
                         plain_ms = row["ms"] if case == "plain" else plain_ms
                         seconds = row["ms"] / 1e3
                         speed = {"pictures_per_second": b / seconds, "tokens_per_second": b * tokens / seconds}
@@ -78,32 +83,43 @@ def run(record: Record) -> None:
                         torch.cuda.empty_cache()
 
 
-# --- the step: all that this benchmark knows of lavender_min.tuning stands in the next two functions ---------------------
+# --- all that this benchmark knows of lavender_min.tuning stands in the next functions ------------------------------------
 
 
-def adapted(host: Host, vlm: Any, folder: str) -> Lavender:
+def adapted(host: Any, blueprint: Blueprint, flags: ModelFlags, dtype: torch.dtype = HALF) -> Lavender:
     """The host with its adapters, which all cases share."""
-    return runs.build(runs.ModelFlags(folder, mode="qlora", plain=True), HALF, loaded=(vlm, None, host.family))[0]
+    return runs.build(replace(flags, plain=True), dtype, loaded=Host(host, None, blueprint.family))[0]
 
 
-def step_of(host: Host, plain: Lavender, folder: str, case: str, size: Size) -> tuple[Lavender, dict[str, Any], float]:
-    """The model to train, a batch for it, and the bytes that the planner expects at the step's worst moment."""
-    usual = {"vlm": folder, "mode": "qlora", "match": "all", "parallel_rank": size.rank}
-    flags = runs.ModelFlags(**usual | CASES[case])
-    empty = memory.build(flags, HALF)
-    empty.gradient_checkpointing_enable()
-    batch = memory.make_batch(host.config, size.b, size.tokens, size.answer)
-    plan = memory.simulate(empty, batch, size.b * size.answer, "paged_adamw_8bit", HALF)
-    planned = max(alive.total() for alive in plan.peaks.values())
+def changed(flags: ModelFlags, case: str, rank: int) -> ModelFlags:
+    return replace(flags, **{"parallel_rank": rank, **CASES[case]})
 
-    attentions = host.family.layers(plain.host)
-    align = None if flags.plain else Align(attentions, flags.aggregate, flags.parallel_rank).to(DEVICE)
-    model = Lavender(plain.vlm, align, match="all").train()
+
+def aligned(plain: Lavender, flags: ModelFlags) -> Lavender:
+    """The adapted host, and beside it what these flags ask for."""
+    attentions = plain.family.layers(plain.base)
+    heads = plain.family.heads(next(iter(attentions.values()))).query
+    align = None if flags.plain else Align(attentions, heads, flags.aggregate, flags.parallel_rank).to(DEVICE)
+    model = Lavender(plain.host, plain.family, align, match="all").train()
     model.gradient_checkpointing_enable()
-    return model, real_batch(host.config, size), planned
+    return model
 
 
-def measured(model: Any, batch: dict[str, Any], planned: float, repeats: int) -> dict[str, Any]:
+def planned(flags: ModelFlags, blueprint: Blueprint, size: Size, half: torch.dtype | None = HALF) -> memory.Plan:
+    """What the planner says of the step."""
+    optim = "paged_adamw_8bit" if half else "adamw_torch"
+    empty = memory.build(flags, half or torch.float32)
+    empty.gradient_checkpointing_enable()
+    picture = blueprint.family.imagine(blueprint.config, size.b, size.tokens)
+    batch = memory.make_batch(picture, size.b, size.tokens, size.answer)
+    return memory.simulate(empty, batch, size.b * size.answer, optim, half)
+
+
+def peak_of(plan: memory.Plan) -> float:
+    return max(alive.total() for alive in plan.peaks.values())
+
+
+def measured(model: Any, batch: dict[str, Any], expected: float, repeats: int) -> dict[str, Any]:
     """A step's median time, and the most memory held in one, against the plan."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if DEVICE == "cuda":
@@ -129,7 +145,7 @@ def measured(model: Any, batch: dict[str, Any], planned: float, repeats: int) ->
         # paged state lies beside what PyTorch's allocator counts
         held = torch.cuda.memory_allocated() + sum(x.nbytes for x in state if getattr(x, "is_paged", False))
     else:
-        inputs = [x for value in batch.values() for x in (value if isinstance(value, list) else [value])]
+        inputs = [x for x in tree_leaves(batch) if torch.is_tensor(x)]
         held = held_bytes(model) + sum(x.nbytes for x in (*state, *inputs, *(p.grad for p in trained)))
     peak = held + extra_peak_mib(step) * MIB
     times = []
@@ -141,6 +157,6 @@ def measured(model: Any, batch: dict[str, Any], planned: float, repeats: int) ->
     for parameter in trained:
         parameter.grad = None
     return {
-        "ms": statistics.median(times), "peak_gib": peak / 2**30, "planned_gib": planned / 2**30,
-        "planner_error": planned / peak - 1, "trained": sum(p.numel() for p in trained),
+        "ms": statistics.median(times), "peak_gib": peak / 2**30, "planned_gib": expected / 2**30,
+        "planner_error": expected / peak - 1, "trained": sum(p.numel() for p in trained),
     }  # fmt: skip
