@@ -121,8 +121,8 @@ def compare(
 ) -> Ratio:
     """The first of two methods over the second, on a CPU.
 
-    They take turns, and a turn gives a ratio of CPU times; the median over turns counts. So other work on the machine slows
-    both alike, and does not decide.
+    They take turns, in changing order, and a turn gives a ratio of CPU times; the median over turns counts. So other work
+    on the machine slows both alike, and does not decide.
     """
     (name, one), (other_name, other) = methods.items()
     gradient = torch.randn_like(one().detach())
@@ -133,9 +133,13 @@ def compare(
         return time.process_time() - start
 
     def ratios(first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float]:
-        second()
-        times = [cpu_time(first) / cpu_time(second) for _ in range(turns)]
-        return statistics.median(times), extra_peak_mib(first) / extra_peak_mib(second)
+        times = []
+        for turn in range(turns + 1):
+            order = (first, second) if turn % 2 else (second, first)
+            spent = {function: cpu_time(function) for function in order}
+            times.append(spent[first] / spent[second])
+        # the first turn warms up
+        return statistics.median(times[1:]), extra_peak_mib(first) / extra_peak_mib(second)
 
     forward_time, forward_memory = ratios(one, other)
     both_time, both_memory = ratios(*(lambda f=f: torch.autograd.grad(f(), inputs, gradient) for f in (one, other)))

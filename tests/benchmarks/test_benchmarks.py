@@ -50,7 +50,7 @@ def test_word_attention_at_llama_sizes():
 def test_the_pytorch_backend_is_as_fast_and_as_small_as_rows_first(monkeypatch):
     # outside the tests nothing checks annotations at run time
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    ratio = word_ratio("Llama-3.2 1", turns=25, **LLAMA)
+    ratio = word_ratio("Llama-3.2 1", turns=60, **LLAMA)
     print(
         f"\nPyTorch backend over rows first: time {ratio.forward_time:.2f} forward, {ratio.both_time:.2f} with backward; "
         f"memory {ratio.forward_memory:.2f} and {ratio.both_memory:.2f}"
