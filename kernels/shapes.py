@@ -84,8 +84,8 @@ def check_word_attention(query, key, rows, counts: Sequence[int], layout, attn_m
 def check_diffusion_attention(query, key, value, word_weights, maps) -> None:
     op = "diffusion_attention"
     check_shapes(
-        op, query=(query, "b h q d"), key=(key, "b h l d"), value=(value, "b h l d"),
-        word_weights=(word_weights, "b l w"), maps=(maps, "b w q"),
+        op, query=(query, "b h q d"), key=(key, "b h t d"), value=(value, "b h t d"),
+        word_weights=(word_weights, "b t w"), maps=(maps, "b w q"),
     )  # fmt: skip
     check_dtype(op, "query", query, HALF_OR_FULL)
     check_dtype(op, "key", key, (query.dtype,))

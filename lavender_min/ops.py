@@ -81,9 +81,9 @@ def word_attention(
 
 def diffusion_attention(
     query: Float[Tensor, "b h q d"],
-    key: Float[Tensor, "b h l d"],
-    value: Float[Tensor, "b h l d"],
-    word_weights: Float[Tensor, "b l w"],
+    key: Float[Tensor, "b h t d"],
+    value: Float[Tensor, "b h t d"],
+    word_weights: Float[Tensor, "b t w"],
     maps: Float[Tensor, "b w q"],
     *,
     scale: float | None = None,

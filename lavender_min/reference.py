@@ -103,9 +103,9 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.no_grad()
 def diffusion_attention(
     query: Float[Tensor, "b h q d"],
-    key: Float[Tensor, "b h l d"],
-    value: Float[Tensor, "b h l d"],
-    word_weights: Float[Tensor, "b l w"],
+    key: Float[Tensor, "b h t d"],
+    value: Float[Tensor, "b h t d"],
+    word_weights: Float[Tensor, "b t w"],
     maps: Float[Tensor, "b w q"],
     *,
     scale: float | None = None,
@@ -116,10 +116,10 @@ def diffusion_attention(
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = einsum(query.to(dtype) * scale, key.to(dtype), "b h q d, b h l d -> b h q l")
+    scores = einsum(query.to(dtype) * scale, key.to(dtype), "b h q d, b h t d -> b h q t")
     attention = scores.softmax(-1)
-    maps += einsum(attention.mean(1), word_weights.to(dtype), "b q l, b l w -> b w q")
-    return einsum(attention, value.to(dtype), "b h q l, b h l d -> b h q d").to(query.dtype)
+    maps += einsum(attention.mean(1), word_weights.to(dtype), "b q t, b t w -> b w q")
+    return einsum(attention, value.to(dtype), "b h q t, b h t d -> b h q d").to(query.dtype)
 
 
 def aligner_mse(

@@ -188,7 +188,7 @@ class Measured(NamedTuple):
     """By name of a model: the numbers of each of its runs, and the maps of the first, for the drawing."""
 
     numbers: tables.Models
-    maps: dict[str, Float[Tensor, "n g g"]]
+    maps: dict[str, Float[Tensor, "m g g"]]
 
 
 def measure_all(base: ModelFlags, finished: list[Finished], sheet: Sheet, frame: str, batch_size: int) -> Measured:
@@ -212,7 +212,7 @@ def measure_all(base: ModelFlags, finished: list[Finished], sheet: Sheet, frame:
 
 def measure(
     loaded: models.Loaded, sheet: Sheet, frame: str, batch_size: int, label: str
-) -> tuple[dict[str, Numbers], dict[str, Float[Tensor, "n g g"]]]:
+) -> tuple[dict[str, Numbers], dict[str, Float[Tensor, "m g g"]]]:
     """The numbers and the maps, "own" and, with an Aligner, "aligned". The answers' numbers stand beside the own maps'."""
     collate = models.collator(loaded, frame)
     maps = models.read_maps(loaded.model, collate, sheet, batch_size, f"{label}: maps")

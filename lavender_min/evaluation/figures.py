@@ -36,7 +36,7 @@ def choose(sheet: Sheet, count: int = 5) -> list[int]:
     return chosen
 
 
-def draw_maps(path: Path, sheet: Sheet, chosen: list[int], maps: dict[str, Float[Tensor, "n g g"]]) -> None:
+def draw_maps(path: Path, sheet: Sheet, chosen: list[int], maps: dict[str, Float[Tensor, "m g g"]]) -> None:
     """One row a word: the picture, then each model's map over it. A line surrounds the mask, a ring the largest cell."""
     columns = 1 + len(maps)
     figure = Figure(figsize=(1.9 * columns, 2.0 * len(chosen) + 0.35), layout="constrained")

@@ -110,7 +110,7 @@ def localise(
     return Localised(scores, seconds / len(examples))
 
 
-def score(maps: Float[Tensor, "n g g"], known: list[Known], kinds: list[str]) -> dict[str, Score]:
+def score(maps: Float[Tensor, "m g g"], known: list[Known], kinds: list[str]) -> dict[str, Score]:
     """By kind of word, the means over the maps of n words."""
     masks = torch.stack([word.mask for word in known])
     columns = torch.stack([pointing(maps, masks), mass_inside(maps, masks), masks.float().mean((1, 2))], 1)

@@ -34,7 +34,7 @@ def answer_numbers(examples: list[Example], replies: list[str]) -> Numbers:
 # ------------------------------------------------------------------------------------------------------------ maps
 
 
-def pointing(maps: Float[Tensor, "n g g"], masks: Bool[Tensor, "n g g"]) -> Float[Tensor, " n"]:
+def pointing(maps: Float[Tensor, "m g g"], masks: Bool[Tensor, "m g g"]) -> Float[Tensor, " m"]:
     """The pointing game: 1 if the map's largest cell lies in the mask, 0 if not.
 
     Where several cells are equally large, the result is the share of them that lies in the mask. So an even map scores
@@ -44,14 +44,14 @@ def pointing(maps: Float[Tensor, "n g g"], masks: Bool[Tensor, "n g g"]) -> Floa
     return (top & masks).sum((1, 2)) / top.sum((1, 2))
 
 
-def mass_inside(maps: Float[Tensor, "n g g"], masks: Bool[Tensor, "n g g"]) -> Float[Tensor, " n"]:
+def mass_inside(maps: Float[Tensor, "m g g"], masks: Bool[Tensor, "m g g"]) -> Float[Tensor, " m"]:
     """The share of the map's sum that lies in the mask."""
     return (maps * masks).sum((1, 2)) / maps.sum((1, 2)).clamp(min=1e-30)
 
 
 def alignment(
-    maps: Float[Tensor, "n g g"], targets: Float[Tensor, "n g g"], masks: Bool[Tensor, "n g g"], pictures: list[str]
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    maps: Float[Tensor, "m g g"], targets: Float[Tensor, "m g g"], masks: Bool[Tensor, "m g g"], pictures: list[str]
+) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
     """Mean squared error of each map against its own word's target, and against other words' targets.
 
     The other words are those of the same picture whose masks do not touch this word's: words that name other things.
@@ -75,7 +75,7 @@ def alignment(
     return own, others
 
 
-def by_kind(name: str, values: Float[Tensor, " n"], sheet: Sheet) -> Numbers:
+def by_kind(name: str, values: Float[Tensor, " m"], sheet: Sheet) -> Numbers:
     """The mean of a measure over all words, and over those of each kind."""
     numbers = {f"{name}.all": values.mean().item()}
     for kind in sheet.kind_order:
@@ -85,7 +85,7 @@ def by_kind(name: str, values: Float[Tensor, " n"], sheet: Sheet) -> Numbers:
     return numbers
 
 
-def map_numbers(maps: Float[Tensor, "n g g"], sheet: Sheet) -> Numbers:
+def map_numbers(maps: Float[Tensor, "m g g"], sheet: Sheet) -> Numbers:
     """All that is measured of a model's maps."""
     numbers = by_kind("pointing", pointing(maps, sheet.masks), sheet)
     numbers |= by_kind("mass", mass_inside(maps, sheet.masks), sheet)

@@ -100,7 +100,7 @@ def words_of_batch(batch: dict[str, Any]) -> list[int]:
 
 def read_maps(
     model: Lavender, collate: Collate, sheet: Sheet, batch_size: int, what: str = "maps"
-) -> dict[str, Float[Tensor, "n g g"]]:
+) -> dict[str, Float[Tensor, "m g g"]]:
     """The model's maps of every word of the sheet, by name as in `maps_of_batch`. `what` labels the progress bar."""
     model.eval()
     words_of: dict[int, list[int]] = {}

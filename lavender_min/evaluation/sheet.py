@@ -26,9 +26,9 @@ class Sheet(NamedTuple):
     kinds: list[str]
     # Words about one picture share this.
     pictures: list[str]
-    masks: Bool[Tensor, "n g g"]
+    masks: Bool[Tensor, "m g g"]
     # Stable Diffusion's, as stored: raw probabilities.
-    maps: Float[Tensor, "n g g"]
+    maps: Float[Tensor, "m g g"]
     # The kinds there are, without "", in the order in which tables list them: as the regions of the examples name them.
     kind_order: list[str]
 

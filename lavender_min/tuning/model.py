@@ -22,7 +22,7 @@ class Predicted(NamedTuple):
     """What the host says at the rows where logits are wanted."""
 
     wanted: Bool[Tensor, "b t"]
-    logits: Float[Tensor, "r vocabulary"]  # of those rows, text after text
+    logits: Float[Tensor, "wanted vocabulary"]  # of those rows, text after text
 
 
 class Lavender(nn.Module):

@@ -276,6 +276,12 @@ def test_diffusion_attention_in_half_precision(dtype):
     check_diffusion(dtype=dtype, length=77, d=40, b=2)
 
 
+def test_diffusion_attention_takes_texts_of_up_to_128_tokens():
+    check_diffusion(length=128, d=16, h=1, q=3, w=1)
+    with pytest.raises(ValueError, match="takes up to 128 tokens; got 129; use backend='torch'"):
+        check_diffusion(length=129, d=16, h=1, q=3, w=1)
+
+
 @few
 @given(*(st.integers(low, high) for low, high in ((1, 2), (1, 3), (1, 40), (1, 20), (1, 40), (0, 5))))
 def test_diffusion_attention_any_shape(b, h, q, length, d, w):

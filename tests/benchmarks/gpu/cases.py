@@ -74,7 +74,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "diffusion_attention": {
         "64²": {"q": 4096, "b": 4},
         "five tokens": {"length": 5, "q": 17},
-        "300 tokens": {"length": 300, "d": 64},
+        "128 tokens, head dim 64": {"length": 128, "d": 64},
     },
     "aligner_mse": {
         "odd": {"m": 3, "c": 5, "g": (6, 7)},
