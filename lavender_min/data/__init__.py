@@ -13,23 +13,24 @@ This module imports neither torch nor a reader, so `--help` and the first errors
 """
 
 import importlib
-import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
-from PIL import Image, ImageOps
+from PIL import Image
+
+from lavender_min.data.pictures import BrokenPicture
+from lavender_min.data.pictures import open_image as open_image
+from lavender_min.data.texts import say
 
 # The question that a VLM gets when the text is a bare caption.
 CAPTION_PROMPT = "Describe the image in a single sentence as a caption."
 
-# What a picture file can raise when it is not a whole picture: cut short, of no known kind, too large to be meant, or
-# (TypeError) with notes of the camera's that make no sense.
-BROKEN_PICTURE = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError)
+# What opening a picture raises when it is not a whole picture: one class, whose line names the picture.
+BROKEN_PICTURE = BrokenPicture
 
 
 class Region(NamedTuple):
@@ -51,7 +52,7 @@ class Example(NamedTuple):
     """
 
     id: str
-    # Opens the picture, RGB; raises one of BROKEN_PICTURE if it cannot.
+    # Opens the picture, RGB; raises BROKEN_PICTURE if it cannot.
     image: Callable[[], Image.Image]
     question: str
     answer: str
@@ -161,10 +162,6 @@ def load(
     return examples
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def fetch(hub_id: str, revision: str, files: str) -> Path:
     """The folder with these files of a data set of the hub, downloaded once into the hub's cache."""
     from huggingface_hub import snapshot_download
@@ -179,20 +176,3 @@ def fetch(hub_id: str, revision: str, files: str) -> Path:
             "try where there is a network, or pass a folder as --data_root"
         ) from error
     return (Path(copy) / files).parent
-
-
-def open_image(file: str | Path | BytesIO) -> Image.Image:
-    """A picture file, whole, upright (cameras note the rotation in EXIF) and RGB."""
-    with Image.open(file) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def picture_folder(root: Path, folders: Sequence[str], files: Sequence[str]) -> Path:
-    """The first folder that holds any of these pictures (some may be missing: those are skipped one by one)."""
-    for folder in (root / name for name in folders):
-        if any((folder / file).is_file() for file in files):
-            return folder
-    raise FileNotFoundError(
-        f"the texts in {root} are there but not the pictures: looked for {files[0]} and others in "
-        f"{', '.join(str(root / name) for name in folders)}"
-    )

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from lavender_min.data import Example, open_image, parquet, picture_folder
+from lavender_min.data import Example, parquet
+from lavender_min.data.pictures import open_image, picture_folder
 
 TOKENS = "results_20130124.token"
 KARPATHY = "dataset_flickr30k.json"
@@ -100,5 +101,5 @@ def _from_parquet(files: list[Path]) -> list[Row]:
     rows = parquet.read(files, "image", ("caption", "filename"), optional=("split",))
     return [
         Row(row["filename"], row.get("split"), list(enumerate(text or "" for text in row["caption"] or [""])), image)
-        for row, image in rows
+        for _, row, image in rows
     ]

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from lavender_min.data import Example, open_image
+from lavender_min.data import Example
+from lavender_min.data.pictures import open_image
 
 FILE = "data.jsonl"
 

@@ -18,7 +18,9 @@ from pathlib import Path, PurePosixPath
 import pyarrow.parquet as pq
 from PIL import Image
 
-from lavender_min.data import Example, open_image, parquet, say
+from lavender_min.data import Example, parquet
+from lavender_min.data.pictures import BrokenPicture, open_image, opening
+from lavender_min.data.texts import say
 
 COLUMNS = ["key", "caption", "status"]
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -59,19 +61,20 @@ def _pictures(shard: Path) -> dict[str, Callable[[], Image.Image]]:
             for member in members:
                 name = PurePosixPath(member.name)
                 if name.suffix in PICTURES:
-                    found[name.stem] = partial(_open_part, tar, member.offset_data, member.size)
+                    found[name.stem] = partial(_open_part, tar, member.offset_data, member.size, member.name)
     except tarfile.ReadError:
         # The pictures beyond the cut are missing; each is skipped when it is opened, like any broken picture.
         pass
     return found
 
 
-def _open_part(file: Path, offset: int, size: int) -> Image.Image:
-    # Opened anew each time: an open file has one position, which threads would share.
-    with open(file, "rb") as bytes_:
+def _open_part(tar: Path, offset: int, size: int, file: str) -> Image.Image:
+    name = f"{tar}, {file}"
+    # The tar is opened anew each time: an open file has one position, which threads would share.
+    with opening(name), open(tar, "rb") as bytes_:
         bytes_.seek(offset)
-        return open_image(BytesIO(bytes_.read(size)))
+        return open_image(BytesIO(bytes_.read(size)), name)
 
 
 def _missing(shard: Path, key: str) -> Image.Image:
-    raise FileNotFoundError(f"shard {shard} holds no picture {key}")
+    raise BrokenPicture(f"shard {shard} holds no picture {key}")

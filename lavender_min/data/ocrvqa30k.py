@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from lavender_min.data import Example, open_image, parquet, picture_folder
+from lavender_min.data import Example, parquet
+from lavender_min.data.pictures import open_image, picture_folder
 
 FILES = ("ocrvqa30k.json.gz", "ocrvqa30k.json")
 IMAGE_FOLDERS = ("imgs", "images", ".")
@@ -71,5 +72,5 @@ def _from_json(path: Path) -> Iterable[Cover]:
 
 
 def _from_parquet(files: list[Path]) -> Iterable[Cover]:
-    for number, (row, image) in enumerate(parquet.read(files, "images", ("texts",), rows=COVERS)):
+    for number, (_, row, image) in enumerate(parquet.read(files, "images", ("texts",), rows=COVERS)):
         yield Cover(str(number), image, [(turn["user"] or "", turn["assistant"] or "") for turn in row["texts"] or []])

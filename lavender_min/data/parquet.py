@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from lavender_min.data import open_image
+from lavender_min.data.pictures import open_image, opening
 
 
 def find(root: Path) -> list[Path]:
@@ -35,10 +35,20 @@ def check(file: Path, columns: Sequence[str]) -> list[str]:
     return names
 
 
+class Row(NamedTuple):
+    """A row of a Parquet copy."""
+
+    # "<file>, row <number>", counted from 0.
+    where: str
+    # {column: value}
+    texts: dict[str, Any]
+    image: Callable[[], Image.Image]
+
+
 def read(
     files: Sequence[Path], picture: str, texts: Sequence[str], optional: Sequence[str] = (), rows: int | None = None
-) -> Iterator[tuple[dict[str, Any], Callable[[], Image.Image]]]:
-    """Each row's texts, {column: value}, and what opens the picture of its column `picture`; the first `rows` rows.
+) -> Iterator[Row]:
+    """The first `rows` rows, each with what opens the picture of its column `picture`.
 
     `optional` columns are read if they are there; files that are not needed for `rows` rows are not read.
     """
@@ -59,14 +69,17 @@ def read(
             break
     table = concatenate_datasets(parts).data
     only_texts = table.select([column for column in table.column_names if column != picture])
+    places = (f"{file}, row {row}" for file, part in zip(files, parts, strict=False) for row in range(len(part)))
     for row, values in enumerate(only_texts.slice(0, rows).to_pylist()):
-        yield values, partial(open_cell, table, picture, row)
+        where = next(places)
+        yield Row(where, values, partial(open_cell, table, picture, row, where))
 
 
-def open_cell(table: Any, column: str, row: int) -> Image.Image:
-    """The picture of a cell, {bytes, path} or a list of such, of which the first is taken."""
-    cell = table.column(column)[row].as_py()
-    for picture in cell if isinstance(cell, list) else [cell]:
-        if picture and picture["bytes"]:
-            return open_image(BytesIO(picture["bytes"]))
-    raise ValueError(f"row {row} holds no picture")
+def open_cell(table: Any, column: str, row: int, name: str) -> Image.Image:
+    """The picture of a cell, {bytes, path} or a list of such, of which the first is taken; `name` is what an error calls it."""
+    with opening(name):
+        cell = table.column(column)[row].as_py()
+        for picture in cell if isinstance(cell, list) else [cell]:
+            if picture and picture["bytes"]:
+                return open_image(BytesIO(picture["bytes"]), name)
+        raise ValueError("holds no picture")

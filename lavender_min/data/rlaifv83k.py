@@ -19,7 +19,7 @@ def load(root: Path) -> list[Example]:
             "have it downloaded (--data_root openbmb/RLAIF-V-Dataset), or try --data toy"
         )
     examples, seen = [], Counter[str]()
-    for row, image in parquet.read(files, "image", ("question", "chosen", "idx")):
+    for _, row, image in parquet.read(files, "image", ("question", "chosen", "idx")):
         id = f"{row['idx']}#{seen[row['idx']]}"
         seen[row["idx"]] += 1
         examples.append(Example(id, image, (row["question"] or "").strip(), (row["chosen"] or "").strip()))
