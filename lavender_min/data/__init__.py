@@ -63,6 +63,8 @@ class Example(NamedTuple):
     # regions(side): the regions of this example's words, with masks of side × side cells that cover the whole picture.
     # None: the data does not say where things are.
     regions: Callable[[int], list[Region]] | None = None
+    # The file and the line or row it came from, for messages.
+    where: str = ""
 
     @property
     def fields(self) -> dict[str, str]:
@@ -160,6 +162,11 @@ def load(
     if double:
         raise ValueError(f"--data {name}: the id {double[0]!r} stands for more than one example")
     return examples
+
+
+def check_captions(captions: str) -> None:
+    if captions not in ("first", "all"):
+        raise ValueError(f"--captions must be first or all; got {captions!r}")
 
 
 def fetch(hub_id: str, revision: str, files: str) -> Path:
