@@ -13,6 +13,7 @@ This module imports neither torch nor a reader, so `--help` and the first errors
 """
 
 import importlib
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,9 @@ from lavender_min.data.texts import say
 
 # The question that a VLM gets when the text is a bare caption.
 CAPTION_PROMPT = "Describe the image in a single sentence as a caption."
+
+# Special tokens of the models that are tuned here: Llama's and Qwen's, LLaVA's, Gemma's.
+SPECIAL = re.compile(r"<\|\w+\|>|</?s>|<(?:image|pad|bos|eos|start_of_turn|end_of_turn)>")
 
 # What opening a picture raises when it is not a whole picture: one class, whose line names the picture.
 BROKEN_PICTURE = BrokenPicture
@@ -112,7 +116,7 @@ SOURCES = {
         # The first 30,000 of 165,746 covers.
         {"HuggingFaceM4/the_cauldron": ("main", "ocrvqa/train-0000[01]-of-*.parquet")},
     ),
-    "folder": Source("lavender_min.data.folder"),
+    "folder": Source("lavender_min.data.folder", ("root", "captions")),
     "toy": Source(
         "lavender_min.toy.data", ("split",), sd=str(_TOY / "sd"), vlm=str(_TOY / "vlm"), measured_split="heldout"
     ),
@@ -134,7 +138,7 @@ def measured_split(name: str) -> str:
 def load(
     name: str, root: str | Path | None = None, split: str | None = None, captions: str | None = None
 ) -> list[Example]:
-    """The examples of a data set; those without text are left out, in one line on stderr.
+    """The examples of a data set. What is left out (no text, odd values), and what looks odd, is said in a line each on stderr.
 
     `root` is a folder, or one of the data set's ids in `Source.hub`; whatever is None takes the data set's own default.
     Raises OSError (which FileNotFoundError is) or ValueError, in one line, when the data is not there or not as expected.
@@ -161,7 +165,20 @@ def load(
     double = [id for id, count in Counter(example.id for example in examples).items() if count > 1]
     if double:
         raise ValueError(f"--data {name}: the id {double[0]!r} stands for more than one example")
+    _say_special(name, examples)
     return examples
+
+
+def _say_special(name: str, examples: list[Example]) -> None:
+    """A model takes its special tokens for what they stand for, wherever they come from: a picture, the end of a turn."""
+    found = [example for example in examples if any(map(SPECIAL.search, example.fields.values()))]
+    if found:
+        example = found[0]
+        token = SPECIAL.findall(f"{example.question} {example.answer}")[0]
+        say(
+            f"--data {name}: {len(found):,} entries hold what a model takes for a special token, the first {token} "
+            f"in {example.where or example.id}; they are left as they are"
+        )
 
 
 def check_captions(captions: str) -> None:

@@ -9,20 +9,30 @@ A pair of turns is a question and its answer. A content may be a list of parts, 
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from lavender_min.data.texts import Text, keep, numbered, read_json
 from lavender_min.failing import shaped
 
+KIND = "a list of conversations"
 ASKING, ANSWERING, SYSTEM = ("user", "human"), ("assistant", "gpt"), "system"
 IMAGE_MARK = re.compile(r"\A(\s*<image>)+|(<image>\s*)+\Z")
 
-Part = TypedDict("Part", {"text": NotRequired[Text]})
+
+class Part(TypedDict):
+    text: NotRequired[Text]
+
+
 Content = Text | list[Part | Text]
 Turn = TypedDict("Turn", {"from": str, "value": Content, "role": str, "content": Content}, total=False)
-Entry = TypedDict("Entry", {"id": NotRequired[Text | int], "image": Text, "conversations": list[Turn]})
+
+
+class Entry(TypedDict):
+    id: NotRequired[Text | int]
+    image: Text
+    conversations: list[Turn]
 
 
 class Conversation(NamedTuple):
@@ -36,9 +46,14 @@ class Conversation(NamedTuple):
     turns: list[tuple[str, str]]
 
 
-def read(file: Path, kind: str) -> list[Conversation]:
-    """All conversations of a file; those without a picture, say, are left out. `kind` says what the file should be."""
-    return keep(numbered(read_json(file, kind), file, kind), _conversation)
+def read(file: Path, kind: str = KIND) -> list[Conversation]:
+    """All conversations of a file, but those that lack a picture, say. `kind` is what an error says the file should be."""
+    return of(read_json(file, kind), file, kind)
+
+
+def of(entries: Any, file: Path, kind: str = KIND) -> list[Conversation]:
+    """The same of a file that has been read."""
+    return keep(numbered(entries, file, kind), _conversation)
 
 
 def _conversation(entry: Any, where: str) -> Conversation:

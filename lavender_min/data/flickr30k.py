@@ -18,10 +18,10 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired
 
 from PIL import Image
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from lavender_min.data import CAPTION_PROMPT, Example, check_captions, conversations, parquet
 from lavender_min.data.pictures import open_image, picture_folder
@@ -34,20 +34,30 @@ KAGGLE = ("results.csv", "flickr30k_images/results.csv")
 PUBLISHED = ("flickr30k.json.gz", "flickr30k.json")
 IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images", "images", ".")
 
-TOKEN_LINE = re.compile(r"(?P<file>.*)#(?P<index>[0-9]+)\t(?P<text>.*)")
+TOKEN_LINE = re.compile(r"(?P<file>.*)#(?P<index>[0-9]{1,9})\t(?P<text>.*)")
 # In one line of Kaggle's file, 2199200615.jpg's, the second bar is missing.
-KAGGLE_LINE = re.compile(r"(?P<file>[^|]+)\|\s*(?P<index>[0-9]+)\s*(?:\||\s)(?P<text>.*)")
+KAGGLE_LINE = re.compile(r"(?P<file>[^|]+)\|\s*(?P<index>[0-9]{1,9})\s*(?:\||\s)(?P<text>.*)")
 
-Sentence = TypedDict("Sentence", {"raw": Text})
-Photograph = TypedDict("Photograph", {"filename": Text, "split": NotRequired[Text | None], "sentences": list[Sentence]})
-Texts = TypedDict(
-    "Texts", {"filename": Text, "caption": Text | list[Text | None] | None, "split": NotRequired[Text | None]}
-)
+
+class Sentence(TypedDict):
+    raw: Text
+
+
+class Photograph(TypedDict):
+    filename: Text
+    split: NotRequired[Text | None]
+    sentences: list[Sentence]
+
+
+class Texts(TypedDict):
+    filename: Text
+    caption: Text | list[Text | None] | None
+    split: NotRequired[Text | None]
 
 
 class Caption(NamedTuple):
     file: str
-    index: int
+    number: int
     text: str
     where: str
     question: str = ""
@@ -79,7 +89,7 @@ def load(root: Path, split: str | None = None, captions: str = "first") -> list[
         folder = picture_folder(root, IMAGE_FOLDERS, list(of_file)[:100])
     return [
         Example(
-            f"{file}#{caption.index}",
+            f"{file}#{caption.number}",
             caption.image or partial(open_image, folder / file),
             caption.question,
             caption.text,
@@ -87,7 +97,7 @@ def load(root: Path, split: str | None = None, captions: str = "first") -> list[
             where=caption.where,
         )
         for file, own in of_file.items()
-        for caption in sorted(own, key=lambda caption: caption.index)[: 1 if captions == "first" else None]
+        for caption in sorted(own, key=lambda caption: caption.number)[: 1 if captions == "first" else None]
     ]
 
 
@@ -146,11 +156,11 @@ def _from_lines(path: Path, pattern: re.Pattern[str], layout: str, header: str |
 
 
 def _from_published(path: Path) -> list[Caption]:
-    whole = read_json(path, "the authors' list of conversations")
+    whole = read_json(path, conversations.KIND)
     if isinstance(whole, dict):
         return _from_karpathy(whole, path)
     found, seen = [], Counter[str]()
-    for told in conversations.read(path, "the authors' list of conversations"):
+    for told in conversations.of(whole, path):
         file = Path(told.image).name
         for question, answer in told.turns:
             question = "" if question == CAPTION_PROMPT else question

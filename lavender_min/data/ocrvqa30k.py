@@ -24,8 +24,14 @@ FILES = ("ocrvqa30k.json.gz", "ocrvqa30k.json")
 IMAGE_FOLDERS = ("imgs", "images", ".")
 COVERS = 30_000
 
-Turn = TypedDict("Turn", {"user": Text | None, "assistant": Text | None})
-Texts = TypedDict("Texts", {"texts": list[Turn] | None})
+
+class Turn(TypedDict):
+    user: Text | None
+    assistant: Text | None
+
+
+class Texts(TypedDict):
+    texts: list[Turn] | None
 
 
 class Cover(NamedTuple):

@@ -13,7 +13,11 @@ from lavender_min.data import Example, parquet
 from lavender_min.data.texts import Text, keep
 from lavender_min.failing import shaped
 
-Texts = TypedDict("Texts", {"question": Text | None, "chosen": Text | None, "idx": Text | int})
+
+class Texts(TypedDict):
+    question: Text | None
+    chosen: Text | None
+    idx: Text | int
 
 
 def load(root: Path) -> list[Example]:

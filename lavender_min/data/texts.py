@@ -22,7 +22,8 @@ Made = TypeVar("Made")
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    # A file's name may hold bytes that are no UTF-8.
+    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def encodable(text: str) -> str:
@@ -38,7 +39,7 @@ def encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(encodable)]
 
 
-def keep(rows: Iterable[tuple[str, Raw]], read: Callable[[Raw, str], Made]) -> list[Made]:
+def keep(rows: Iterable[tuple[str, Raw]], read: Callable[[Raw, str], Made], what: str = "rows") -> list[Made]:
     """read(row, name) of every named row, without those for which it raises ValueError or OSError.
 
     Those are counted in one line. If none is left, the first error is raised.
@@ -55,7 +56,7 @@ def keep(rows: Iterable[tuple[str, Raw]], read: Callable[[Raw, str], Made]) -> l
     if first and not made:
         raise first
     if first:
-        say(f"{wrong:,} of {wrong + len(made):,} are not as expected and are left out; the first: {first}")
+        say(f"{wrong:,} of {wrong + len(made):,} {what} are not as expected and are left out; the first: {first}")
     return made
 
 
