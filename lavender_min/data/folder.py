@@ -91,6 +91,7 @@ def _example(folder: Path, row: Any, where: str) -> Example:
     if fields or image is None:
         raise ValueError(f"{where}: {fields[0]!r} is missing; a line has image and text, or image, question and answer")
     question, answer = ("", row["text"]) if "text" in row else (row["question"], row["answer"])
+    # The name of a row ends in the number of its line.
     id = str(row.get("id", f"{image}#{where.rpartition(' ')[2]}"))
     return Example(id, partial(open_image, folder / image), question, answer, picture=image, where=where)
 

@@ -72,7 +72,9 @@ def read(
         table = concatenate_datasets(parts).data
     only_texts = table.select([column for column in table.column_names if column != picture])
     places = (f"{file}, row {row}" for file, part in zip(files, parts, strict=False) for row in range(len(part)))
-    for row, values in enumerate(only_texts.slice(0, rows).to_pylist()):
+    with naming(f"the texts of {files[0]} and the Parquet files beside it cannot be read"):
+        all_values = only_texts.slice(0, rows).to_pylist()
+    for row, values in enumerate(all_values):
         where = next(places)
         yield Row(where, values, partial(open_cell, table, picture, row, where))
 
@@ -82,6 +84,6 @@ def open_cell(table: Any, column: str, row: int, name: str) -> Image.Image:
     with opening(name):
         cell = table.column(column)[row].as_py()
         for picture in cell if isinstance(cell, list) else [cell]:
-            if picture and picture["bytes"]:
+            if isinstance(picture, dict) and picture.get("bytes"):
                 return open_image(BytesIO(picture["bytes"]), name)
         raise ValueError("holds no picture")

@@ -158,6 +158,16 @@ def test_parquet_files_that_do_not_go_together_are_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_bytes_of_parquet_that_are_no_unicode_name_the_file(tmp_path):
+    picture = pa.array([{"bytes": jpeg(0), "path": None}])
+    bad = pa.array([b"caf\xe9"]).view(pa.string())
+    columns = {"image": picture, "question": bad, "chosen": pa.array(["!"]), "idx": pa.array(["0"])}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet .*cannot be read") as caught:
+        data.load("rlaifv83k", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_broken_picture_of_a_parquet_copy_is_named_by_its_row(tmp_path):
     rows = [{"image": {"bytes": b, "path": None}, "question": "?", "chosen": "!", "idx": 0} for b in (jpeg(0), b"no")]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
