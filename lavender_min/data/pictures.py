@@ -41,12 +41,17 @@ def opening(name: str | Path) -> Iterator[None]:
     except (MemoryError, BrokenPicture):
         raise
     except UnidentifiedImageError as error:
-        raise BrokenPicture(f"{name}: not a picture of a kind that is read ({', '.join(FORMATS)})") from error
+        raise _broken(name, f"not a picture of a kind that is read ({', '.join(FORMATS)})") from error
     except FileNotFoundError as error:
-        raise BrokenPicture(f"{name}: there is no such file") from error
+        raise _broken(name, "there is no such file") from error
     except Exception as error:
         # Decoders raise what they like: OSError, SyntaxError, struct.error, RuntimeError, errors of their own.
-        raise BrokenPicture(f"{name}: {one_line(error)}") from error
+        raise _broken(name, str(error) or type(error).__name__) from error
+
+
+def _broken(name: str | Path, reason: str) -> BrokenPicture:
+    # A name may hold a line break, or be endless.
+    return BrokenPicture(one_line(ValueError(f"{name}: {reason}")))
 
 
 @functools.cache

@@ -22,8 +22,8 @@ Made = TypeVar("Made")
 
 
 def say(line: str) -> None:
-    # A file's name may hold bytes that are no UTF-8.
-    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+    # A file's name may hold line breaks, and bytes that are no UTF-8.
+    print(" ".join(line.splitlines()).encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def encodable(text: str) -> str:

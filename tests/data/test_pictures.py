@@ -189,14 +189,16 @@ def test_an_eps_starts_no_program(tmp_path, monkeypatch):
     assert not {"EPS", "WMF", "GRIB", "HDF5"} & set(pictures.decoders())
 
 
-@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "missing", "name too long", "NUL"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "missing", "name too long", "NUL", "two lines"])
 def test_only_ordinary_files_are_opened(tmp_path, kind):
     path = str(tmp_path / "1.jpg")
     if kind == "fifo":
         os.mkfifo(path)
     elif kind == "folder":
         os.mkdir(path)
-    path = {"device": "/dev/zero", "name too long": path * 200, "NUL": path + "\0"}.get(kind, path)
+    path = {"device": "/dev/zero", "name too long": path * 200, "NUL": path + "\0", "two lines": path + "\n2"}.get(
+        kind, path
+    )
     code = f"from lavender_min.data.pictures import *\ntry: open_image({path!r})\nexcept BrokenPicture as e: print(e)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
