@@ -383,9 +383,7 @@ def test_alt_texts_are_decoded_once(tmp_path):
 
 
 def test_a_picture_path_that_is_no_file_is_a_broken_picture(folder):
-    rows = [
-        {"image": name, "text": "a", "id": str(i)} for i, name in enumerate(("", "x" * 5000, "a\0b", "..", "/dev/zero"))
-    ]
-    jsonl(folder, {"image": "0.jpg", "text": "a", "id": "good"}, *rows[1:])
-    found = data.load("folder", folder)
-    assert shows(found[0], 0) and all(is_broken(example) for example in found[1:]) and len(found) == 5
+    names = ("x" * 5000, "a\0b", "..", "/dev/zero", "two\nlines")
+    jsonl(folder, GOOD, *({"image": name, "text": "a"} for name in names))
+    good, *odd = data.load("folder", folder)
+    assert shows(good, 0) and len(odd) == len(names) and all(is_broken(example) for example in odd)
