@@ -57,7 +57,8 @@ def shaped(value: Any, shape: type[Shape], where: str | Path) -> Shape:
         return adapter.validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "the whole"
+        # Where a field may be one of several shapes, pydantic names them among the fields, as code.
+        field = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or "the whole"
         came = repr(first["input"])
         came = came if len(came) <= 60 else came[:59] + "…"
         raise ValueError(f"{where}, {field}: {first['msg'][0].lower()}{first['msg'][1:]}; got {came}") from None

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import regex  # the standard library's `re` knows no combining marks: it would cut Hindi and decomposed accents apart
 
-# Letters, marks and digits; joined inside by an apostrophe or hyphen ("child's", "T-shirt"), or, between digits,
-# by a point or comma ("1,000.5"). Scripts written without spaces (Chinese, Thai) give one word per unbroken run.
+# A letter or digit, then letters, digits and marks. A mark alone is no word: the heart of "I \u2764\ufe0f you" ends in one.
+# Words are joined inside by an apostrophe or hyphen ("child's", "T-shirt"), by the joiners of Indic and Persian script (a mark may
+# follow those), or, between digits, by a point or comma ("1,000.5"). Scripts written without spaces (Chinese, Thai) give one word
+# per unbroken run.
 _WORD = regex.compile(
-    r"""[\p{L}\p{M}\p{N}]+
-        (?: (?: ['’‐‑\-\u200c\u200d] | (?<=\p{N})[.,](?=\p{N}) )  [\p{L}\p{M}\p{N}]+ )*""",
+    r"""[\p{L}\p{N}] [\p{L}\p{M}\p{N}]*
+        (?: (?: ['’‐‑\-] (?=[\p{L}\p{N}]) | [\u200c\u200d] | (?<=\p{N})[.,](?=\p{N}) )  [\p{L}\p{M}\p{N}]+ )*""",
     regex.VERBOSE,
 )
 

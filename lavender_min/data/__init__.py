@@ -5,7 +5,8 @@ at once. A picture is opened when it is needed, so a list of 100,000 examples co
 
 To add a data set:
 
-1. write a reader, a file of this folder: `load(root, …) -> list[Example]`, which says in one line what is missing;
+1. write a reader, a file of this folder: `load(root, …) -> list[Example]`, which says in one line what is missing; texts.py
+   (what to do about odd rows) and pictures.py hold what readers share;
 2. add a row to `SOURCES`, under the name that `--data` is to take;
 3. test it on a small folder laid out as the data really comes, broken entries included (tests/data/test_readers.py).
 
@@ -13,23 +14,28 @@ This module imports neither torch nor a reader, so `--help` and the first errors
 """
 
 import importlib
-import sys
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
-from PIL import Image, ImageOps
+from PIL import Image
+
+from lavender_min.data.pictures import BrokenPicture
+from lavender_min.data.pictures import open_image as open_image
+from lavender_min.data.texts import say
 
 # The question that a VLM gets when the text is a bare caption.
 CAPTION_PROMPT = "Describe the image in a single sentence as a caption."
 
-# What a picture file can raise when it is not a whole picture: cut short, of no known kind, too large to be meant, or
-# (TypeError) with notes of the camera's that make no sense.
-BROKEN_PICTURE = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError)
+# Special tokens of the models that are tuned here: Llama's and Qwen's, LLaVA's, Gemma's.
+SPECIAL = re.compile(r"<\|\w+\|>|</?s>|<(?:image|pad|bos|eos|start_of_turn|end_of_turn)>")
+
+# What opening a picture raises when it is not a whole picture: one class, whose line names the picture.
+BROKEN_PICTURE = BrokenPicture
 
 
 class Region(NamedTuple):
@@ -51,7 +57,7 @@ class Example(NamedTuple):
     """
 
     id: str
-    # Opens the picture, RGB; raises one of BROKEN_PICTURE if it cannot.
+    # Opens the picture, RGB; raises BROKEN_PICTURE if it cannot.
     image: Callable[[], Image.Image]
     question: str
     answer: str
@@ -62,6 +68,8 @@ class Example(NamedTuple):
     # regions(side): the regions of this example's words, with masks of side × side cells that cover the whole picture.
     # None: the data does not say where things are.
     regions: Callable[[int], list[Region]] | None = None
+    # The file and the line or row it came from, for messages.
+    where: str = ""
 
     @property
     def fields(self) -> dict[str, str]:
@@ -109,7 +117,7 @@ SOURCES = {
         # The first 30,000 of 165,746 covers.
         {"HuggingFaceM4/the_cauldron": ("main", "ocrvqa/train-0000[01]-of-*.parquet")},
     ),
-    "folder": Source("lavender_min.data.folder"),
+    "folder": Source("lavender_min.data.folder", ("root", "captions")),
     "toy": Source(
         "lavender_min.toy.data", ("split",), sd=str(_TOY / "sd"), vlm=str(_TOY / "vlm"), measured_split="heldout"
     ),
@@ -131,7 +139,7 @@ def measured_split(name: str) -> str:
 def load(
     name: str, root: str | Path | None = None, split: str | None = None, captions: str | None = None
 ) -> list[Example]:
-    """The examples of a data set; those without text are left out, in one line on stderr.
+    """The examples of a data set. What is left out (no text, odd values), and what looks odd, is said in a line each on stderr.
 
     `root` is a folder, or one of the data set's ids in `Source.hub`; whatever is None takes the data set's own default.
     Raises OSError (which FileNotFoundError is) or ValueError, in one line, when the data is not there or not as expected.
@@ -158,11 +166,25 @@ def load(
     double = [id for id, count in Counter(example.id for example in examples).items() if count > 1]
     if double:
         raise ValueError(f"--data {name}: the id {double[0]!r} stands for more than one example")
+    _say_special(name, examples)
     return examples
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _say_special(name: str, examples: list[Example]) -> None:
+    """A model takes its special tokens for what they stand for, wherever they come from: a picture, the end of a turn."""
+    found = [example for example in examples if any(map(SPECIAL.search, example.fields.values()))]
+    if found:
+        example = found[0]
+        token = SPECIAL.findall(f"{example.question} {example.answer}")[0]
+        say(
+            f"--data {name}: {len(found):,} entries hold what a model takes for a special token, the first {token} "
+            f"in {example.where or example.id}; they are left as they are"
+        )
+
+
+def check_captions(captions: str) -> None:
+    if captions not in ("first", "all"):
+        raise ValueError(f"--captions must be first or all; got {captions!r}")
 
 
 def fetch(hub_id: str, revision: str, files: str) -> Path:
@@ -179,20 +201,3 @@ def fetch(hub_id: str, revision: str, files: str) -> Path:
             "try where there is a network, or pass a folder as --data_root"
         ) from error
     return (Path(copy) / files).parent
-
-
-def open_image(file: str | Path | BytesIO) -> Image.Image:
-    """A picture file, whole, upright (cameras note the rotation in EXIF) and RGB."""
-    with Image.open(file) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def picture_folder(root: Path, folders: Sequence[str], files: Sequence[str]) -> Path:
-    """The first folder that holds any of these pictures (some may be missing: those are skipped one by one)."""
-    for folder in (root / name for name in folders):
-        if any((folder / file).is_file() for file in files):
-            return folder
-    raise FileNotFoundError(
-        f"the texts in {root} are there but not the pictures: looked for {files[0]} and others in "
-        f"{', '.join(str(root / name) for name in folders)}"
-    )

@@ -7,24 +7,35 @@
 They are the same covers in the same order, and an example has the same id in both.
 """
 
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
+from typing_extensions import TypedDict
 
-from lavender_min.data import Example, open_image, parquet, picture_folder
+from lavender_min.data import Example, check_captions, conversations, parquet
+from lavender_min.data.pictures import open_image, picture_folder
+from lavender_min.data.texts import Text, keep
+from lavender_min.failing import shaped
 
 FILES = ("ocrvqa30k.json.gz", "ocrvqa30k.json")
 IMAGE_FOLDERS = ("imgs", "images", ".")
 COVERS = 30_000
 
 
+class Turn(TypedDict):
+    user: Text | None
+    assistant: Text | None
+
+
+class Texts(TypedDict):
+    texts: list[Turn] | None
+
+
 class Cover(NamedTuple):
+    where: str
     id: str
     image: Callable[[], Image.Image]
     # (question, answer) for each turn of the conversation.
@@ -36,40 +47,36 @@ def load(root: Path, captions: str = "all") -> list[Example]:
 
     `captions`: "all" questions of a cover (146,000 in all), or the "first", which nearly always asks who wrote the book.
     """
-    if captions not in ("first", "all"):
-        raise ValueError(f"--captions must be first or all; got {captions!r}")
+    check_captions(captions)
     if path := next((root / name for name in FILES if (root / name).is_file()), None):
         covers = _from_json(path)
     elif files := parquet.find(root):
-        covers = _from_parquet(files)
+        rows = parquet.read(files, "images", ("texts",), rows=COVERS)
+        covers = keep(((row.where, (number, row)) for number, row in enumerate(rows)), _from_row)
     else:
         raise FileNotFoundError(
             f"no OCRVQA30k in {root}: looked for {' and '.join(FILES)}, and for the_cauldron's Parquet; pass --data_root, "
             "or have it downloaded (--data_root HuggingFaceM4/the_cauldron), or try --data toy"
         )
     return [
-        Example(f"{id}#{number}", image, question.removeprefix("<image>").strip(), answer.strip(), picture=id)
-        for id, image, turns in covers
-        for number, (question, answer) in enumerate((turns or [("", "")])[: 1 if captions == "first" else None])
+        Example(f"{cover.id}#{number}", cover.image, question, answer, picture=cover.id, where=cover.where)
+        for cover in covers
+        for number, (question, answer) in enumerate((cover.turns or [("", "")])[: 1 if captions == "first" else None])
     ]
 
 
-def _from_json(path: Path) -> Iterable[Cover]:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            rows = json.load(file)
-        covers = []
-        for row in rows:
-            said = [turn["content"] for turn in row["conversations"]]
-            covers.append((row["id"], Path(row["image"]).name, list(zip(said[::2], said[1::2], strict=True))))
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not the authors' list of conversations ({type(error).__name__}: {error})"
-        ) from error
-    folder = picture_folder(path.parent, IMAGE_FOLDERS, [file for _, file, _ in covers[:100]])
-    return [Cover(id, partial(open_image, folder / file), turns) for id, file, turns in covers]
+def _from_json(path: Path) -> list[Cover]:
+    told = conversations.read(path, "the authors' list of conversations")
+    names = [Path(one.image).name for one in told]
+    folder = picture_folder(path.parent, IMAGE_FOLDERS, names[:100])
+    return [
+        Cover(one.where, one.id, partial(open_image, folder / name), one.turns)
+        for one, name in zip(told, names, strict=True)
+    ]
 
 
-def _from_parquet(files: list[Path]) -> Iterable[Cover]:
-    for number, (row, image) in enumerate(parquet.read(files, "images", ("texts",), rows=COVERS)):
-        yield Cover(str(number), image, [(turn["user"] or "", turn["assistant"] or "") for turn in row["texts"] or []])
+def _from_row(numbered: tuple[int, parquet.Row], where: str) -> Cover:
+    number, row = numbered
+    turns: Any = shaped(row.texts, Texts, where)["texts"] or []
+    told = [((turn["user"] or "").strip(), (turn["assistant"] or "").strip()) for turn in turns]
+    return Cover(where, str(number), row.image, told)

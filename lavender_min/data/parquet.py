@@ -10,35 +10,45 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from lavender_min.data import open_image
+from lavender_min.data.pictures import open_image, opening
+from lavender_min.failing import naming
 
 
 def find(root: Path) -> list[Path]:
     """The Parquet files under a folder, or the one file it is, by name: the order of the rows."""
-    return [root] if root.is_file() else sorted(root.rglob("*.parquet"))
+    return [root] if root.is_file() else sorted(file for file in root.rglob("*.parquet") if file.is_file())
 
 
 def check(file: Path, columns: Sequence[str]) -> list[str]:
     """All columns of a Parquet file; ValueError, naming the file, if it is not whole or lacks one of these."""
-    try:
+    with naming(f"{file} is missing or not a whole Parquet file: fetch it again"):
+        if not file.is_file():
+            raise ValueError("there is no such file")
         names = pq.read_schema(file).names
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is missing or not a whole Parquet file: fetch it again ({error})") from error
     if missing := [column for column in columns if column not in names]:
         raise ValueError(f"{file}: expected a column {missing[0]!r}; it has {', '.join(names)}")
     return names
 
 
+class Row(NamedTuple):
+    """A row of a Parquet copy."""
+
+    # "<file>, row <number>", counted from 0.
+    where: str
+    # {column: value}
+    texts: dict[str, Any]
+    image: Callable[[], Image.Image]
+
+
 def read(
     files: Sequence[Path], picture: str, texts: Sequence[str], optional: Sequence[str] = (), rows: int | None = None
-) -> Iterator[tuple[dict[str, Any], Callable[[], Image.Image]]]:
-    """Each row's texts, {column: value}, and what opens the picture of its column `picture`; the first `rows` rows.
+) -> Iterator[Row]:
+    """The first `rows` rows, each with what opens the picture of its column `picture`.
 
     `optional` columns are read if they are there; files that are not needed for `rows` rows are not read.
     """
@@ -50,23 +60,30 @@ def read(
     for file in files:
         names = check(file, [picture, *texts])
         wanted = [picture, *texts, *(column for column in optional if column in names)]
-        try:
-            parts.append(Dataset.from_parquet(glob.escape(str(file)), columns=wanted, batch_size=256))
-        except DatasetGenerationError as error:
-            reason = " ".join(str(error.__cause__).split())
-            raise ValueError(f"{file} cannot be read: fetch it again ({reason})") from error
+        with naming(f"{file} cannot be read: fetch it again"):
+            try:
+                parts.append(Dataset.from_parquet(glob.escape(str(file)), columns=wanted, batch_size=256))
+            except DatasetGenerationError as error:
+                # It only says that the making failed; why, its cause says.
+                raise error.__cause__ or error from None
         if rows is not None and sum(map(len, parts)) >= rows:
             break
-    table = concatenate_datasets(parts).data
+    with naming(f"{files[0]} and the Parquet files beside it do not go together"):
+        table = concatenate_datasets(parts).data
     only_texts = table.select([column for column in table.column_names if column != picture])
-    for row, values in enumerate(only_texts.slice(0, rows).to_pylist()):
-        yield values, partial(open_cell, table, picture, row)
+    places = (f"{file}, row {row}" for file, part in zip(files, parts, strict=False) for row in range(len(part)))
+    with naming(f"the texts of {files[0]} and the Parquet files beside it cannot be read"):
+        all_values = only_texts.slice(0, rows).to_pylist()
+    for row, values in enumerate(all_values):
+        where = next(places)
+        yield Row(where, values, partial(open_cell, table, picture, row, where))
 
 
-def open_cell(table: Any, column: str, row: int) -> Image.Image:
-    """The picture of a cell, {bytes, path} or a list of such, of which the first is taken."""
-    cell = table.column(column)[row].as_py()
-    for picture in cell if isinstance(cell, list) else [cell]:
-        if picture and picture["bytes"]:
-            return open_image(BytesIO(picture["bytes"]))
-    raise ValueError(f"row {row} holds no picture")
+def open_cell(table: Any, column: str, row: int, name: str) -> Image.Image:
+    """The picture of a cell, {bytes, path} or a list of such, of which the first is taken; `name` is what an error calls it."""
+    with opening(name):
+        cell = table.column(column)[row].as_py()
+        for picture in cell if isinstance(cell, list) else [cell]:
+            if isinstance(picture, dict) and picture.get("bytes"):
+                return open_image(BytesIO(picture["bytes"]), name)
+        raise ValueError("holds no picture")

@@ -7,7 +7,17 @@ chosen, rejected, idx, and where the picture came from. The chosen answer is the
 from collections import Counter
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from lavender_min.data import Example, parquet
+from lavender_min.data.texts import Text, keep
+from lavender_min.failing import shaped
+
+
+class Texts(TypedDict):
+    question: Text | None
+    chosen: Text | None
+    idx: Text | int
 
 
 def load(root: Path) -> list[Example]:
@@ -18,9 +28,14 @@ def load(root: Path) -> list[Example]:
             f"no RLAIF-V in {root}: looked for Parquet files; download openbmb/RLAIF-V-Dataset and pass --data_root, or "
             "have it downloaded (--data_root openbmb/RLAIF-V-Dataset), or try --data toy"
         )
-    examples, seen = [], Counter[str]()
-    for row, image in parquet.read(files, "image", ("question", "chosen", "idx")):
-        id = f"{row['idx']}#{seen[row['idx']]}"
-        seen[row["idx"]] += 1
-        examples.append(Example(id, image, (row["question"] or "").strip(), (row["chosen"] or "").strip()))
-    return examples
+    seen = Counter[str]()
+
+    def example(row: parquet.Row, where: str) -> Example:
+        texts = shaped(row.texts, Texts, where)
+        idx = str(texts["idx"])
+        id = f"{idx}#{seen[idx]}"
+        seen[idx] += 1
+        question, chosen = ((texts[field] or "").strip() for field in ("question", "chosen"))
+        return Example(id, row.image, question, chosen, where=where)
+
+    return keep(((row.where, row) for row in parquet.read(files, "image", tuple(Texts.__annotations__))), example)

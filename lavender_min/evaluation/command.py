@@ -20,6 +20,8 @@ from lavender_min import cli, data
 from lavender_min.evaluation.flags import Flags
 
 PROG = "evaluate.py"
+# The sides of a picture of one's own, at most, one to the other.
+THINNEST = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,13 +54,19 @@ def joined(argv: list[str]) -> list[str]:
 
 
 def open_picture(path: str) -> Image.Image:
-    """Raises OSError or ValueError, in one line, for what is no whole picture."""
+    """Raises OSError or ValueError, in one line, for what is no whole picture, or too thin for models and drawings."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"--image {path}: there is no such file")
     try:
-        return data.open_image(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--image {path}: there is no such file") from None
+        image = data.open_image(path)
     except data.BROKEN_PICTURE as error:
-        raise ValueError(f"--image {path} is not a picture that can be read: {error}") from None
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"--image {path} is not a picture that can be read: {reason}") from None
+    if max(image.size) > THINNEST * min(image.size):
+        raise ValueError(
+            f"--image {path} is {image.width} × {image.height} pixels: one side is over {THINNEST} times the other"
+        )
+    return image
 
 
 if __name__ == "__main__":

@@ -119,11 +119,9 @@ def test_own_folder(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"image": "a.png"}', "line 2: 'question' is missing; a line has image and text, or image, question"),
-        ('{"text": "a"}', "line 2: 'image' is missing"),
-        ("{", "line 2: Expecting property name"),
-        ("[1]", "line 2: not a JSON object"),
-        ('{"image": 3, "text": "a"}', "line 2: image and texts must be strings"),
+        ("{", "data.jsonl, line 2: Expecting property name"),
+        ("[" * 100_000, "data.jsonl, line 2: RecursionError"),
+        ("9" * 5_000, "data.jsonl, line 2: Exceeds the limit"),
         ('{"image": "a.png", "text": "a", "id": "x"}', "the id 'x' stands for more than one example"),
     ],
 )

@@ -3,6 +3,7 @@
 import string
 
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,14 @@ def texts(sentence: str) -> list[str]:
         ("end. Start", ["end", "Start"]),
         ("", []),
         ("?! – ☃", []),
+        # Marks alone are no word: the heart's emoji style, a stray accent, a keycap without its digit.
+        ("I \u2764\ufe0f you", ["I", "you"]),
+        ("\u2764\ufe0fyou", ["you"]),
+        ("\u0301 \ufe0f\u20e3 -\ufe0f", []),
+        ("a-\ufe0f b", ["a", "b"]),
+        ("1\ufe0f\u20e3", ["1\ufe0f\u20e3"]),
+        # Bengali ra, joiner, virama, ya: a mark right after the joiner.
+        ("\u09b0\u200d\u09cd\u09af\u09be\u09ac", ["\u09b0\u200d\u09cd\u09af\u09be\u09ac"]),
     ],
 )
 def test_what_is_a_word(sentence, words):
@@ -43,6 +52,8 @@ def test_every_word_is_its_stretch_of_text(text):
     words = find_words({"answer": text})
     assert all(text[word.start : word.end] == word.text for word in words)
     assert all(a.end <= b.start for a, b in zip(words, words[1:], strict=False))
+    # `regex` knows letters of a later Unicode than Python does.
+    assert all(regex.search(r"[\p{L}\p{N}]", word.text) for word in words)
     # No letter or digit is lost, whatever stands around it.
     covered = {i for word in words for i in range(word.start, word.end)}
     assert {i for i, c in enumerate(text) if c.isalnum()} <= covered
