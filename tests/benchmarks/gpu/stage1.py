@@ -19,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpu.peers import AttentionMapDiffusers, Daam
 from gpu.record import Record, ceilings
-from lavender_min.teachers import attention_maps, stable_diffusion
-from lavender_min.teachers.recipes import RECIPES
+from lavender_min.teachers import Recipe, attention_maps, find_recipe, stable_diffusion
 from lavender_min.teachers.recording import Recorder, recording
 from lavender_min.teachers.stable_diffusion import StableDiffusion
 
@@ -79,7 +78,7 @@ def small() -> StableDiffusion:
     from tiny_sd import build_tiny_sd
 
     with tempfile.TemporaryDirectory() as folder:
-        return attention_maps.load(str(build_tiny_sd(Path(folder))))
+        return stable_diffusion.load(str(build_tiny_sd(Path(folder))))
 
 
 def run(record: Record) -> None:
@@ -109,25 +108,31 @@ def run(record: Record) -> None:
             record.add(name, **compiled_rate(setup, recipe, record.numbers[recipe]["batch"], how))
 
 
-def make_maps(setup: Setup, recipe: str, pictures: int, times: dict[str, float] | None = None) -> None:
-    sd = setup.sd
+def make_maps(setup: Setup, name: str, pictures: int) -> dict[str, float]:
+    """The maps of a batch, made and thrown away; the seconds of each phase."""
+    sd, recipe = setup.sd, recipe_of(setup, name)
     pixels = torch.rand(pictures, 3, sd.side, sd.side) * 2 - 1
-    ids, steps = [str(i) for i in range(pictures)], setup.steps.get(recipe)
-    attention_maps.word_maps(sd, pixels, [setup.caption] * pictures, ids, recipe, steps, times=times)
+    ids = [str(i) for i in range(pictures)]
+    recorded = attention_maps.record(sd, pixels, [setup.caption] * pictures, ids, recipe)
+    attention_maps.combine(recorded, recipe)
+    return recorded.seconds
 
 
-def rate(setup: Setup, recipe: str, batch: int) -> dict[str, Any]:
+def recipe_of(setup: Setup, name: str) -> Recipe:
+    return find_recipe(name, **setup.steps.get(name, {}))
+
+
+def rate(setup: Setup, name: str, batch: int) -> dict[str, Any]:
     """One batch, after one that warmed up (the trial of what fits)."""
-    times: dict[str, float] = {}
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    make_maps(setup, recipe, batch, times)
+    phases = make_maps(setup, name, batch)
     seconds = time.perf_counter() - began
-    passes = RECIPES[recipe].passes(RECIPES[recipe].settings | setup.steps.get(recipe, {}))
-    tflops = passes * batch * setup.flops / seconds / 1e12
+    recipe = recipe_of(setup, name)
+    tflops = recipe.passes(recipe.settings) * batch * setup.flops / seconds / 1e12
     return {
-        "batch": batch, "pictures_per_second": batch / seconds, "unet_share": times["UNet"] / seconds,
+        "batch": batch, "pictures_per_second": batch / seconds, "unet_share": phases["UNet"] / seconds,
         "tflops": tflops, "of_matmul": tflops / setup.most,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else 0.0,
     }  # fmt: skip
@@ -152,7 +157,7 @@ def unet_pass(sd: StableDiffusion, pictures: int) -> Callable[[], torch.Tensor]:
     config = sd.unet.config
     latents = torch.randn(pictures, config.in_channels, *[config.sample_size] * 2, device=DEVICE)
     text = torch.randn(pictures, sd.tokenizer.model_max_length, config.cross_attention_dim, device=DEVICE)
-    return torch.no_grad()(lambda: stable_diffusion.ask(sd, latents, torch.tensor(500), text))
+    return torch.no_grad()(lambda: stable_diffusion.predict(sd, latents, torch.tensor(500), text))
 
 
 def pass_flops(sd: StableDiffusion) -> float:
