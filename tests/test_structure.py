@@ -1,6 +1,7 @@
 """The house: imports point down only, the kernels' folder shadows nobody, files stay readable in one sitting."""
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def imported_rooms(path):
 
 
 def test_imports_point_down():
+    assert len(FLOORS) <= 8
     seen = 0
     for path in sorted(PACKAGE.rglob("*.py")):
         room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -46,6 +48,34 @@ def test_imports_point_down():
             allowed = other == room or (room, other) in SAME_FLOOR or floor_of(other) < floor_of(room)
             assert allowed, f"{path.relative_to(ROOT)} imports {other}"
     assert seen > 20
+
+
+def test_no_file_imports_itself_through_others():
+    """Imports inside functions count too."""
+    names = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {}
+    for name, path in names.items():
+        package = name if path.stem == "__init__" else name.rpartition(".")[0]
+        wanted = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                module = f"{package}.{node.module}" if node.level else node.module or ""
+                found = {f"{module}.{alias.name}" for alias in node.names} & names.keys()
+                wanted |= found or {module}
+            elif isinstance(node, ast.Import):
+                wanted |= {alias.name for alias in node.names}
+        graph[name] = (wanted & names.keys()) - {name}
+    assert sum(map(len, graph.values())) > 100
+    # Raises CycleError, which names the circle.
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_the_scripts_are_a_docstring_and_a_call():
+    for name in ("extract.py", "train.py", "evaluate.py"):
+        assert len((ROOT / name).read_text().splitlines()) <= 60
 
 
 def test_kernels_import_nothing_of_the_package_but_each_other():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from lavender_min import data
 from lavender_min.align import AGGREGATIONS, ALIGNERS, NORMS
 from lavender_min.cli import flag
+from lavender_min.hosts import FAMILIES
 
 MODES = ("qlora", "lora", "full")
 MATCHES = ("exact", "all")
@@ -16,7 +17,11 @@ ATTEND = ("predicting", "reading")
 
 @dataclass
 class ModelFlags:
-    vlm: str = flag("", "hub id or folder of the host (default: what goes with the data)")
+    vlm: str = flag(
+        "",
+        "hub id or folder of the host (default: what goes with the data); of these families: "
+        + "; ".join(f"{name}: {row.about}" for name, row in FAMILIES.items()),
+    )
     mode: str = flag("lora", "what of the host trains; --qlora, --lora and --full are short for it", MODES)
     lora_r: int = flag(8, "rank of the adapters")
     lora_alpha: int = flag(32, "their scale, times their rank")
