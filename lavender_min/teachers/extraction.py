@@ -6,6 +6,7 @@ batch, the pictures of the next are opened. A picture that cannot be opened is s
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import shutil
 import time
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +27,18 @@ from tqdm import tqdm
 
 from lavender_min import data
 from lavender_min.data import Example, picture_digest
+from lavender_min.failing import naming, one_line
 from lavender_min.geometry import MAP_SIDE
 from lavender_min.maps import MAX_ENTROPY, MapStore, MapWriter, entropy, find_stale
 from lavender_min.maps.store import read_recipe
 from lavender_min.teachers import Recipe, attention_maps, find_recipe, stable_diffusion
-from lavender_min.teachers.attention_maps import Stopwatch
+from lavender_min.teachers.attention_maps import Stopwatch, WordMaps
 from lavender_min.teachers.flags import ExtractionFlags
 from lavender_min.teachers.stable_diffusion import StableDiffusion
 from lavender_min.words import find_words
+
+# A single picture may have odd maps; after so many it is time to wonder about the teacher.
+ENOUGH = 4
 
 
 class Picture(NamedTuple):
@@ -49,6 +55,8 @@ def extract(flags: ExtractionFlags, examples: list[Example]) -> int:
     """
     state, recipe = PartialState(cpu=not torch.accelerator.is_available()), flags.chosen_recipe()
     sd = stable_diffusion.load(flags.sd_name, state.device, flags.dtype)
+    with naming(f"--sd {flags.sd_name}", "is it a pipeline of Stable Diffusion?"):
+        attention_maps.try_out(sd)
     attention_maps.check_resolutions(sd, recipe)
     if flags.compile:
         sd.unet.compile()
@@ -58,6 +66,8 @@ def extract(flags: ExtractionFlags, examples: list[Example]) -> int:
         contents = recipe_file(flags, recipe)
         contents["made_with"] |= {"batch_size": size, "dtype": str(sd.unet.dtype).removeprefix("torch.")}
         writer = MapWriter(flags.maps_folder, contents, flags.shard_size, state.process_index)
+    too_long = longer_texts(examples, flags.max_words)
+    examples = [example for example in examples if example.id not in too_long]
     with writer:
         share = batches_of(examples, size, state.process_index, state.num_processes)
         changed = find_stale(chain.from_iterable(share), MapStore(writer.path).origins())
@@ -75,10 +85,12 @@ def extract(flags: ExtractionFlags, examples: list[Example]) -> int:
                 tally = fill(writer, sd, recipe, todo, bar)
         except torch.OutOfMemoryError:
             raise ValueError(f"out of GPU memory at --batch_size {size}: try a smaller one") from None
+    if state.is_main_process:
+        tally.skipped |= too_long
     print((f"process {state.process_index}: " if state.num_processes > 1 else "") + tally.summary(writer.path))
     list_skipped(tally.skipped, writer.path / f"skipped-r{state.process_index:03d}.txt")
     if not writer.done:
-        raise ValueError("no picture could be read: see the list above")
+        raise ValueError("nothing is stored: see the list above")
     return 0
 
 
@@ -143,6 +155,14 @@ def batches_of(examples: list[Example], size: int, rank: int, processes: int) ->
     return [examples[i : i + size] for i in range(0, len(examples), size)][rank::processes]
 
 
+def longer_texts(examples: list[Example], most: int | None) -> dict[str, str]:
+    """{id: why it is left out} of the examples whose text has more words than `most`."""
+    if most is None:
+        return {}
+    words = {example.id: len(find_words(example.fields)) for example in examples}
+    return {id: f"its text has {count:,} words, --max_words is {most:,}" for id, count in words.items() if count > most}
+
+
 def read_ahead(
     batches: list[list[Example]], side: int, frame: str, pool: ThreadPoolExecutor, ahead: int = 2
 ) -> Iterator[list[Picture | Exception]]:
@@ -180,6 +200,9 @@ class Tally:
     # Nats, summed over words.
     entropy: float = 0.0
 
+    # Pictures whose maps were not finite.
+    overflowed: int = 0
+
     # Id ─► why.
     skipped: dict[str, str] = field(default_factory=dict)
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -211,31 +234,57 @@ def fill(writer: MapWriter, sd: StableDiffusion, recipe: Recipe, batches: list[l
             whole, framed = [], []
             for example, picture in zip(batch, pictures, strict=True):
                 if isinstance(picture, Exception):
-                    tally.skipped[example.id] = " ".join(f"{type(picture).__name__}: {picture}".split())
+                    tally.skipped[example.id] = f"{type(picture).__name__}: {one_line(picture)}"
                 else:
                     whole.append(example)
                     framed.append(picture)
             new = {example.id for example in batch if example.id not in writer.done}
             if any(example.id in new for example in whole):
                 texts, ids = [example.fields for example in whole], [example.id for example in whole]
-                recorded = attention_maps.record(
-                    sd, torch.stack([picture.pixels for picture in framed]), texts, ids, recipe
-                )
+                pixels = torch.stack([picture.pixels for picture in framed])
+                recorded = attention_maps.record(sd, pixels, texts, ids, recipe, partial(tell, bar, len(batch)))
                 tally.watch.add(recorded.seconds)
                 with tally.watch("combining"):
                     found = attention_maps.combine(recorded, recipe)
                 with tally.watch("storing"):
                     for example, picture, of in zip(whole, framed, found, strict=True):
                         if example.id in new:
-                            text = example.question, example.answer
-                            writer.add(example.id, *text, of.words, of.maps, of.sos, picture.digest)
-                            tally.stored += 1
-                            tally.words += len(of.words)
-                            tally.entropy += entropy(of.maps).sum().item()
+                            store(writer, tally, example, picture.digest, of)
+                stop_at_overflow(tally, sd, ENOUGH)
             words = f"{tally.words / max(tally.stored, 1):.1f}"
             bar.set_postfix(words=words, skipped=len(tally.skipped), refresh=False)
             bar.update(len(new))
+    stop_at_overflow(tally, sd, 1)
     return tally
+
+
+def tell(bar: tqdm, pictures: int, windows: int, of: int) -> None:
+    """Behind the bar, how far a batch is that has more windows than pictures: a long text alone may take minutes."""
+    if of > pictures:
+        bar.set_postfix_str(f"{windows:,} of {of:,} windows of these texts")
+
+
+def store(writer: MapWriter, tally: Tally, example: Example, digest: str, of: WordMaps) -> None:
+    """Keep the maps of one example, if they are numbers."""
+    if not (of.maps.isfinite().all() and math.isfinite(of.sos)):
+        tally.overflowed += 1
+        tally.skipped[example.id] = "its maps are not finite"
+        return
+    writer.add(example.id, example.question, example.answer, of.words, of.maps, of.sos, digest)
+    tally.stored += 1
+    tally.words += len(of.words)
+    tally.entropy += entropy(of.maps).sum().item()
+
+
+def stop_at_overflow(tally: Tally, sd: StableDiffusion, least: int) -> None:
+    """Raises ValueError if so many pictures at least, and more than half of all that were run, have maps that are not finite."""
+    run = tally.stored + tally.overflowed
+    if tally.overflowed >= least and 2 * tally.overflowed > run:
+        dtype = str(sd.unet.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"the maps of {tally.overflowed} of {run} pictures are not finite: Stable Diffusion's numbers overflow in {dtype} "
+            "(try --dtype fp32 or bf16), or its weights are damaged"
+        )
 
 
 # ---- what is said ----------------------------------------------------------------------------------------------------
@@ -246,15 +295,19 @@ def announce(
 ) -> None:
     """Before the run: how much there is to do, how, where it goes, and how long it may take."""
     todo = [example for example in examples if example.id not in writer.done]
-    words = sum(len(find_words(example.fields)) for example in todo)
+    words = {example.id: len(find_words(example.fields)) for example in todo}
+    total, longest = sum(words.values()), ""
+    if words:
+        id = max(words, key=lambda id: words[id])
+        longest = f", the longest text {words[id]:,} ({id})"
     passes = find_recipe(contents["recipe"]).passes(contents["settings"])
     batch, dtype = contents["made_with"]["batch_size"], contents["made_with"]["dtype"]
     # In megabytes: maps of float16, and about 1 kB of text a picture.
-    needed = (words * MAP_SIDE**2 * 2 + len(todo) * 1000) / 1e6
+    needed = (total * MAP_SIDE**2 * 2 + len(todo) * 1000) / 1e6
     free = shutil.disk_usage(writer.path).free / 1e6
     print(
         f"{len(examples):,} pictures of {contents['data']}, {len(examples) - len(todo):,} done already; "
-        f"the rest has {words:,} words\n"
+        f"the rest has {total:,} words{longest}\n"
         f"{contents['sd']}, recipe {contents['recipe']}: {passes} UNet passes a picture, {passes * len(todo):,} in all, "
         f"{batch} pictures at once in {dtype}\n"
         f"maps go to {writer.path}: about {needed:,.0f} MB more; {free:,.0f} MB are free"
