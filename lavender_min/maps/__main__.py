@@ -1,6 +1,7 @@
 """Check a map store, show it, or make one from the maps that the paper's authors released.
 
-python -m lavender_min.maps check DIR                     every row of every shard; exit code 1 if anything is wrong
+python -m lavender_min.maps check DIR [--data NAME]       every row of every shard, and with --data whether its text and picture
+                                                          are still those of the data; exit code 1 if anything is wrong
 python -m lavender_min.maps show DIR --n 12 [--data NAME] a sheet of word maps, over their pictures with --data
 python -m lavender_min.maps import JPEG_ROOT DIR          the released Flickr30k maps, words placed in --data_root's captions
 """
@@ -10,12 +11,11 @@ import math
 import string
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
@@ -25,68 +25,14 @@ from tqdm import tqdm
 
 from lavender_min import cli, data, draw
 from lavender_min.geometry import MAP_SIDE
-from lavender_min.maps.store import MapStore, MapWriter, Shard, StoredMaps, naming, read_ids, read_recipe, shard_files
+from lavender_min.maps.check import check
+from lavender_min.maps.store import MapStore, MapWriter
 from lavender_min.words import find_words
 
 PROG = "python -m lavender_min.maps"
 
-# Lines of each kind of fault that are printed.
-LISTED = 20
-
 # Words of an example that are shown.
 COLUMNS = 8
-
-
-def check(folder: Path) -> int:
-    """Read every row of every shard, and print counts and faults; exit code 1 if there are any."""
-    read_recipe(folder)
-    shards = shard_files(folder)
-    size = sum(shard.stat().st_size for shard in shards)
-    faults: dict[str, list[str]] = defaultdict(list)
-    # Id ─► the shard it stands in.
-    home: dict[str, str] = {}
-    words = 0
-    with tqdm(total=size, unit="B", unit_scale=True) as bar:
-        for shard in shards:
-            try:
-                for id, stored in rows_of(shard):
-                    if id in home:
-                        faults["twice"].append(f"{id}: in {home[id]} and in {shard.name}")
-                    home[id] = shard.name
-                    words += len(stored.words)
-                    flat = stored.maps.flatten(1)
-                    for kind, bad in (("not finite", ~flat.isfinite().all(1)), ("all zero", ~flat.any(1))):
-                        if bad.any():
-                            faults[kind].append(
-                                f"{id}: {', '.join(stored.words[i].text for i in bad.nonzero().flatten())}"
-                            )
-            except ValueError as error:
-                faults["broken"].append(str(error))
-            bar.update(shard.stat().st_size)
-    print(f"{folder}: {len(home):,} rows, {words:,} words, {len(shards):,} shards, {size / 1e6:,.1f} MB")
-    for kind, lines in faults.items():
-        print(f"{kind}: {len(lines):,}", *lines[:LISTED], *["…"] * (len(lines) > LISTED), sep="\n  ")
-    if not faults:
-        print("nothing is wrong")
-    return 1 if faults else 0
-
-
-def rows_of(shard: Path) -> Iterator[tuple[str, StoredMaps]]:
-    """Each row of a shard with its id, read in two ways: as training does, and as any Parquet reader does, with checksums.
-
-    Raises ValueError, naming the shard, where the two, or the ids in the footer, do not agree.
-    """
-    ids, row = read_ids(shard), 0
-    with naming(shard):
-        as_stored, file = Shard(shard), pq.ParquetFile(shard, page_checksum_verification=True)
-        for batch in file.iter_batches(64, use_threads=False):
-            for id, maps in zip(batch["id"].to_pylist(), batch["maps"], strict=True):
-                stored = as_stored[row]
-                plain = maps.values.to_numpy().astype(np.float32)
-                if id != ids[row] or not np.array_equal(stored.maps.flatten().numpy(), plain, equal_nan=True):
-                    raise ValueError(f"row {row}: its id, words and maps do not fit together")
-                yield id, stored
-                row += 1
 
 
 def spread(items: Sequence[Any], n: int) -> list[Any]:
@@ -201,13 +147,20 @@ def parser() -> cli.Parser:
     own["import"].add_argument("jpegs", metavar="JPEG_ROOT", type=Path, help="the folder of the released maps")
     for name in functions:
         own[name].add_argument("folder", metavar="DIR", type=Path, help="the store")
-    show_, import_ = own["show"].add_argument, own["import"].add_argument
+    check_, show_, import_ = (own[name].add_argument for name in functions)
     show_("--n", type=int, default=12, help="examples")
     show_("--out", type=Path, help="the picture to write (default: DIR/maps.png)")
     show_("--data", dest="name", choices=list(data.SOURCES), help="the data set whose pictures to lay under the maps")
-    for add in (show_, import_):
+    check_("--data", dest="name", choices=list(data.SOURCES), help="the data set to compare texts and pictures with")
+    check_("--split", help="which part of it (default: the part for training)")
+    for add in (check_, show_, import_):
         add("--data_root", dest="root", help="where its files are (default: data/<data>)")
-    import_("--captions", choices=["first", "all"], help="one caption a picture, or all five (default: first)")
+    for add in (check_, import_):
+        add(
+            "--captions",
+            choices=["first", "all"],
+            help="how many captions or questions of a picture, as for extract.py",
+        )
     import_("--frame", choices=["whole", "crop"], default="whole", help="what the maps cover")
     return parser
 

@@ -1,105 +1,56 @@
-"""The map store on disk: shards, their writer and their reader. `lavender_min.maps` says what a store is.
-
-The layout follows from what it costs to read one row. Parquet reads a whole group of rows at once: with 8 words a row that
-takes 0.2 ms for groups of 3 rows and 1.5 ms for groups of 32, nearly all of it for the maps. Small groups, on the other hand,
-make long footers: held open, those of 100,000 rows take 290 MB in groups of 3 and 31 MB in groups of 32. So groups are of 32
-rows, and only the texts are read through Parquet (0.06 ms). The maps are stored uncompressed, those of a group in one page.
-Their values are then the last bytes of the group's column. Where those of one row begin follows from the number of words
-before it, so just these bytes are read. To every other reader the file is ordinary Parquet.
-
-Files are read, not memory-mapped. So what was read does not stay in the process; forked workers may share a handle, as each
-read carries its own position; and a file that is cut short meanwhile is an error, where a mapped one would end the process.
-"""
+"""The map store on disk: its reader and its writer. `lavender_min.maps` says what a store is, `shard` what a shard is."""
 
 import contextlib
 import fcntl
 import json
 import math
-import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Annotated, Any, Literal, NotRequired, TextIO
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
+from pydantic import ConfigDict, Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from lavender_min import failing
 from lavender_min.geometry import MAP_SIDE
+from lavender_min.maps.shard import (
+    Origin,
+    Shard,
+    StoredMaps,
+    drop_rows,
+    naming,
+    read_ids,
+    read_origins,
+    write_rows,
+    written_aside,
+)
 from lavender_min.words import Word
-
-ROWS_PER_GROUP = 32
 
 # So many shards are kept open: each is a file handle and its footer, about 0.16 MB.
 OPEN_SHARDS = 256
 
-# Of one map, in float16.
-MAP_BYTES = MAP_SIDE**2 * 2
-
-# The footer's entry with the shard's ids in the order of its rows, as JSON.
-_IDS = b"lavender_ids"
-_WORD = pa.struct([("text", pa.string()), ("field", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("question", pa.string()),
-        ("answer", pa.string()),
-        ("words", pa.list_(_WORD)),
-        ("sos", pa.float32()),
-        ("maps", pa.list_(pa.float16())),
-    ]
-)
+# So many bytes of maps are held before they become a shard, however few rows they are: Parquet counts a shard's cells in 32 bits.
+MOST_BYTES = 2**30
 
 
-class StoredMaps(NamedTuple):
-    """One row of a store."""
+class MadeWith(TypedDict):
+    """What is read of a recipe's record of versions and machine."""
 
-    question: str
-    answer: str
-    words: list[Word]
-    # The probabilities that were recorded, in float32.
-    maps: Float[Tensor, "w g g"]
-    # The share of attention that the start-of-text token took.
-    sos: float
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    batch_size: NotRequired[Annotated[int, Field(ge=1)]]
 
 
-class Shard:
-    """One shard, held open: `shard[row]` reads one row, counted from 0 in the shard."""
+class RecipeFile(TypedDict):
+    """What recipe.json must hold, whatever else it does."""
 
-    def __init__(self, path: Path):
-        self._source = pa.OSFile(str(path))
-        self._file = pq.ParquetFile(self._source, pre_buffer=False)
-        footer = self._file.metadata
-        self._column = next(i for i in range(footer.num_columns) if footer.schema.column(i).path.startswith("maps."))
-        self._rows_per_group = footer.row_group(0).num_rows
-        column = footer.row_group(0).column(self._column)
-        if column.compression != "UNCOMPRESSED" or column.has_dictionary_page:
-            raise ValueError("another program rewrote it, with compressed maps")
-
-    def __getitem__(self, row: int) -> StoredMaps:
-        group, row = divmod(row, self._rows_per_group)
-        first, column = (self._file.metadata.row_group(group).column(i) for i in (0, self._column))
-        # Read the bytes of all the texts at once, and forget them: the column by column reading below then finds them in the
-        # system's cache, so a cold file waits for the disk once and not once a column.
-        self._source.read_at(column.data_page_offset - first.data_page_offset, first.data_page_offset)
-        texts = self._file.read_row_group(group, ["question", "answer", "words", "sos"], use_threads=False)
-        words = texts["words"].chunk(0)
-        # Which of the group's words are this row's, and how many there are.
-        start, stop, last = (words.offsets[i].as_py() for i in (row, row + 1, len(words)))
-        end = column.data_page_offset + column.total_compressed_size
-        raw = self._source.read_at((stop - start) * MAP_BYTES, end - (last - start) * MAP_BYTES)
-        maps = np.frombuffer(raw, np.float16).astype(np.float32).reshape(stop - start, MAP_SIDE, MAP_SIDE)
-        return StoredMaps(
-            question=texts["question"][row].as_py(),
-            answer=texts["answer"][row].as_py(),
-            words=[Word(**word) for word in words[row].as_py()],
-            maps=torch.from_numpy(maps),
-            sos=texts["sos"][row].as_py(),
-        )
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    frame: Literal["whole", "crop"]
+    made_with: NotRequired[MadeWith]
 
 
 class MapStore:
@@ -145,7 +96,20 @@ class MapStore:
             self._open[number] = shard
             if len(self._open) > OPEN_SHARDS:
                 del self._open[next(iter(self._open))]
-            return shard[self._row[id] - self._first[number]]
+            found, stored = shard[self._row[id] - self._first[number]]
+            # NaN is not at least 0 either.
+            if found == id and not ((stored.maps >= 0) & (stored.maps < math.inf)).all():
+                raise ValueError(f"the maps of {id} are no probabilities, which are finite and at least 0")
+        if found != id:
+            raise ValueError(f"{self._shards[number]} was written anew while it was being read: start again")
+        return stored
+
+    def origins(self) -> dict[str, Origin]:
+        """What each row was made from, by id."""
+        found: dict[str, Origin] = {}
+        for shard in self._shards:
+            found = read_origins(shard) | found
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files do not travel to DataLoader workers.
@@ -159,8 +123,8 @@ class MapWriter:
     ...     if id not in writer.done:
     ...         writer.add(id, question, answer, words, maps, sos)
 
-    `done` holds the ids that are already on disk, from whatever process or earlier run. Several processes may write to
-    one folder at once under different `rank`s; a second writer of the same rank is refused.
+    `done` holds the ids that are already on disk, from whatever process or earlier run, less those to `remake`. Several
+    processes may write to one folder at once under different `rank`s; a second writer of the same rank is refused.
     """
 
     def __init__(self, path: str | Path, recipe: dict[str, Any], shard_size: int = 512, rank: int = 0):
@@ -171,59 +135,77 @@ class MapWriter:
             # What a killed run left half written.
             for leftover in self.path.glob(f".tmp-r{rank:03d}-*"):
                 leftover.unlink()
-            _check_recipe(self.path / "recipe.json", recipe, self.path / f".tmp-r{rank:03d}-recipe.json")
-            self.done = {id for shard in shard_files(self.path) for id in read_ids(shard)}
+            _check_recipe(self.path / "recipe.json", recipe, self._aside("recipe.json"))
+            # Id ─► the shard it stands in.
+            with self._no_other_rewrites():
+                self._home = {id: shard for shard in shard_files(self.path) for id in read_ids(shard)}
         except BaseException:
             self.close()
             raise
+        self.done = set(self._home)
+        # The rows that are to go when their new ones are there.
+        self._outdated: set[str] = set()
         mine = sorted(self.path.glob(f"maps-r{rank:03d}-*.parquet"))
         self._next = int(mine[-1].stem.split("-")[-1]) + 1 if mine else 0
         self._rows: list[dict[str, Any]] = []
 
+    def remake(self, ids: Collection[str]) -> None:
+        """Count these rows as not done, because they were made from something else than what their ids now stand for.
+
+        An old row goes just before the shard with its new one is written, so no id ever stands twice; rows that got no new one go
+        when the run ends. If it is killed, those left are found again.
+        """
+        self._outdated |= self.done.intersection(ids)
+        self.done -= self._outdated
+
     def add(
-        self, id: str, question: str, answer: str, words: Sequence[Word], maps: Float[Tensor, "w g g"], sos: float
+        self,
+        id: str,
+        question: str,
+        answer: str,
+        words: Sequence[Word],
+        maps: Float[Tensor, "w g g"],
+        sos: float,
+        digest: str = "",
     ) -> None:
-        """Keep one example; every `shard_size` of them become a shard."""
+        """Keep one example; every `shard_size` of them become a shard. `digest`: `data.picture_digest` of its picture."""
         if tuple(maps.shape) != (len(words), MAP_SIDE, MAP_SIDE):
             raise ValueError(f"{id}: maps must be [{len(words)}, {MAP_SIDE}, {MAP_SIDE}], got {list(maps.shape)}")
         flat = torch.as_tensor(maps).detach().to("cpu", torch.float16).flatten().numpy()
         row = {"id": id, "question": question, "answer": answer, "words": [word._asdict() for word in words]}
-        self._rows.append(row | {"maps": flat, "sos": float(sos)})
-        if len(self._rows) >= self.shard_size:
+        self._rows.append(row | {"maps": flat, "sos": float(sos), "digest": digest})
+        if len(self._rows) >= self.shard_size or sum(row["maps"].nbytes for row in self._rows) >= MOST_BYTES:
             self.flush()
 
     def flush(self) -> None:
         """Write the rows held as one shard: aside, onto the disk, then under its name."""
         if not self._rows:
             return
-        ids = [row["id"] for row in self._rows]
-        stops = np.cumsum([0] + [len(row["maps"]) for row in self._rows], dtype=np.int32)
-        values = np.concatenate([row["maps"] for row in self._rows])
-        columns = {name: [row[name] for row in self._rows] for name in _SCHEMA.names if name != "maps"}
-        arrays = [
-            pa.ListArray.from_arrays(pa.array(stops), pa.array(values, pa.float16()))
-            if field.name == "maps"
-            else pa.array(columns[field.name], field.type)
-            for field in _SCHEMA
-        ]
-        table = pa.Table.from_arrays(arrays, schema=_SCHEMA.with_metadata({_IDS: json.dumps(ids).encode()}))
-        name = f"r{self.rank:03d}-{self._next:05d}.parquet"
-        aside = self.path / f".tmp-{name}"
-        with _written_aside(self.path / f"maps-{name}", aside):
-            # Maps cannot be compressed and are never searched. So they are stored as they are, a group's in one page.
-            pq.write_table(
-                table,
-                aside,
-                row_group_size=ROWS_PER_GROUP,
-                data_page_size=2**30,
-                compression="none",
-                use_dictionary=False,
-                write_statistics=False,
-                write_page_checksum=True,
-            )
+        ids = {row["id"] for row in self._rows}
+        self._drop(self._outdated & ids)
+        shard = self.path / f"maps-r{self.rank:03d}-{self._next:05d}.parquet"
+        write_rows(shard, self._rows, self._aside(shard.name))
         self._next += 1
-        self.done.update(ids)
+        self.done |= ids
         self._rows = []
+
+    def _drop(self, ids: set[str]) -> None:
+        """Take outdated rows off the disk."""
+        if ids:
+            with self._no_other_rewrites():
+                for shard in sorted({self._home[id] for id in ids}):
+                    drop_rows(shard, ids, self._aside(shard.name))
+            self._outdated -= ids
+
+    def _aside(self, name: str) -> Path:
+        return self.path / f".tmp-r{self.rank:03d}-{name}"
+
+    @contextlib.contextmanager
+    def _no_other_rewrites(self) -> Iterator[None]:
+        """Waits until no other process takes rows out of the shards here. Of two at once, one would bring back the other's."""
+        with open(self.path / ".rewriting", "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
 
     def close(self) -> None:
         self._lock.close()
@@ -237,6 +219,8 @@ class MapWriter:
             # was full is not worth a second try.
             if kind is None or not issubclass(kind, OSError):
                 self.flush()
+            if kind is None:
+                self._drop(self._outdated)
         finally:
             self.close()
 
@@ -257,36 +241,11 @@ def shard_files(path: Path) -> list[Path]:
     return sorted(path.glob("maps-*.parquet"))
 
 
-@contextlib.contextmanager
-def naming(shard: Path) -> Iterator[None]:
-    """Whatever reading a shard raises becomes one line that names it."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"broken map shard {shard}: {reason}; delete that file and run extract.py again to remake it"
-        ) from error
-
-
-def read_ids(shard: Path) -> list[str]:
-    """The ids of a shard, in row order, from its footer alone."""
-    with naming(shard):
-        footer = pq.read_metadata(shard)
-        ids = json.loads(footer.metadata[_IDS])
-        if len(ids) != footer.num_rows:
-            raise ValueError(f"{footer.num_rows} rows but {len(ids)} ids")
-        return ids
-
-
 def read_recipe(path: Path) -> dict[str, Any]:
     file = path / "recipe.json"
     if not file.is_file():
         raise FileNotFoundError(f"no attention maps in {path}: there is no recipe.json; run extract.py first")
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
+    return dict(failing.read_json(file, RecipeFile))
 
 
 def _check_recipe(file: Path, recipe: dict[str, Any], aside: Path) -> None:
@@ -299,7 +258,7 @@ def _check_recipe(file: Path, recipe: dict[str, Any], aside: Path) -> None:
     if not file.exists():
         if shard_files(file.parent):
             raise ValueError(f"{file} is missing, but its folder holds map shards: choose another --maps folder")
-        with _written_aside(file, aside):
+        with written_aside(file, aside):
             aside.write_text(json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
         return
     stored = read_recipe(file.parent)
@@ -307,27 +266,6 @@ def _check_recipe(file: Path, recipe: dict[str, Any], aside: Path) -> None:
     if keys:
         changes = ", ".join(f"{key}: {stored.get(key)!r} there, {recipe.get(key)!r} now" for key in keys)
         raise ValueError(f"{file} was made with another recipe ({changes}): choose another --maps folder")
-
-
-@contextlib.contextmanager
-def _written_aside(file: Path, aside: Path) -> Iterator[None]:
-    """Inside this `with`, write to `aside`; afterwards `file` holds it, whole and on the disk. If that fails, nothing is left."""
-    try:
-        yield
-        with open(aside, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(aside, file)
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        # Arrow's own wording is longer.
-        reason = os.strerror(error.errno) if error.errno else error
-        raise OSError(f"cannot write {file}: {reason}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _lock(file: Path, rank: int) -> TextIO:

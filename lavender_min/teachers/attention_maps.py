@@ -20,7 +20,7 @@ with its picture; t tokens of a window; w words; g = 32.
 import contextlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from lavender_min.teachers import FRAMES, RECIPES, Recipe, recipes
+from lavender_min.teachers import FRAMES, RECIPES, Recipe, find_recipe, recipes
 from lavender_min.teachers.recording import Recorder
 from lavender_min.teachers.stable_diffusion import StableDiffusion, load
 from lavender_min.words import Window, Word, find_words, join_fields, windows
@@ -127,11 +127,12 @@ def record(
     texts: Sequence[Mapping[str, str]],
     ids: Sequence[str],
     recipe: Recipe = RECIPES["paper"],
+    tell: Callable[[int, int], object] = lambda windows, of: None,
 ) -> Recorded:
     """Run a recipe on a batch of framed pictures and their texts, and record the layers that it gives a weight.
 
     At most b windows are run together, however long the texts: memory is bounded by the number of pictures. The maps of a
-    window do not depend on the windows beside it.
+    window do not depend on the windows beside it. `tell` is called with the number of windows that are done, and of all.
     """
     check_resolutions(sd, recipe)
     sides = (
@@ -144,7 +145,7 @@ def record(
     with watch("VAE"):
         latents = sd.vae.encode(pixels.to(device, sd.vae.dtype)).latent_dist.mode().float()[cut.owner]
         latents *= sd.vae.config.scaling_factor
-    weights, found = word_weights(cut).to(device), defaultdict(list)
+    weights, found, done = word_weights(cut).to(device), defaultdict(list), 0
     with watch("UNet"):
         for some in torch.arange(len(cut.windows), device=device).split(len(pixels)):
             recorder = Recorder(weights[some], sides)
@@ -152,6 +153,8 @@ def record(
             recipes.run(recipe, sd, inputs, recorder)
             for side, maps in recorder.means().items():
                 found[side].append(maps.cpu())
+            done += len(some)
+            tell(done, len(cut.windows))
     return Recorded(cut, {side: torch.cat(maps) for side, maps in found.items()}, recorder.layers, watch.seconds)
 
 
@@ -225,3 +228,9 @@ def word_maps(
 ) -> list[WordMaps]:
     """For each picture of a batch the maps of its words."""
     return combine(record(sd, pixels, texts, ids, recipe), recipe)
+
+
+def try_out(sd: StableDiffusion) -> None:
+    """Run everything once, on a black picture: parts that do not fit together, or have odd settings, raise something here."""
+    recipe = find_recipe("noise", timesteps=[1])
+    word_maps(sd, torch.zeros(1, 3, sd.side, sd.side), [{"answer": "a"}], [""], recipe)

@@ -22,6 +22,7 @@ class ExtractionFlags:
         ["first", "all"],
     )
     limit: int | None = cli.flag(None, "only the first so many examples")
+    max_words: int | None = cli.flag(None, "leave out texts of more words: a long one takes as long as many short ones")
     maps: str | None = cli.flag(None, "folder to write (default: maps/<data>)")
     sd: str | None = cli.flag(
         None, f"Stable Diffusion: model name or pipeline folder (default: {SOURCES['flickr30k'].sd}; toy: the toy one)"
@@ -44,7 +45,7 @@ class ExtractionFlags:
     shard_size: int = cli.flag(512, "pictures a file; a run that is killed loses at most as many")
 
     def __post_init__(self) -> None:
-        cli.at_least(1, limit=self.limit, draws=self.draws, shard_size=self.shard_size)
+        cli.at_least(1, limit=self.limit, max_words=self.max_words, draws=self.draws, shard_size=self.shard_size)
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
             raise ValueError(f"--batch_size must be a whole number of at least 1, or auto; got {self.batch_size!r}")
         self.chosen_recipe()

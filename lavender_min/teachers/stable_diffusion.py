@@ -23,9 +23,13 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lavender_min import hub
+from lavender_min.failing import one_line
 from lavender_min.teachers import DTYPES
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+
+# What a UNet may predict, by the name that schedulers give it.
+PREDICTIONS = ("epsilon", "v_prediction")
 
 
 class StableDiffusion(NamedTuple):
@@ -78,8 +82,12 @@ def load(name: str, device: torch.device | str = "cpu", dtype: str | None = None
     try:
         hub.ask(name, weights)
         sd = _load_parts(name, cached, getattr(torch, DTYPES[dtype or ("fp16" if on_gpu else "fp32")]))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Files that are cut short or of other shapes, settings of another type: each library has errors of its own.
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        reason = kind + one_line(error).rstrip(".")
         if local:
             raise OSError(f"cannot load Stable Diffusion {name}: {reason}") from error
         raise OSError(
@@ -99,17 +107,27 @@ def load(name: str, device: torch.device | str = "cpu", dtype: str | None = None
 
 
 def _load_parts(name: str, cached: bool, dtype: torch.dtype) -> StableDiffusion:
-    files: dict[str, Any] = {"use_safetensors": True, "local_files_only": cached}
+    files: dict[str, Any] = {"local_files_only": cached, "trust_remote_code": False}
     with warnings.catch_warnings(action="ignore"):
-        text_encoder: Any = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, **files)
-        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", local_files_only=cached)
+        text_encoder = _whole(CLIPTextModel, name, "text_encoder", dtype=dtype, **files)
+        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **files)
         # Where there are no files, transformers makes an empty one and says nothing.
         if len(tokenizer) < 256:
             raise OSError("the tokenizer's files are missing")
         noise_schedule = dict(DDIMScheduler.load_config(name, subfolder="scheduler", local_files_only=cached))
-        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=dtype, **files)
-        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype, **files)
+        if (predicts := noise_schedule.get("prediction_type", "epsilon")) not in PREDICTIONS:
+            raise ValueError(f"the scheduler's prediction_type must be {' or '.join(PREDICTIONS)}; got {predicts!r}")
+        vae = _whole(AutoencoderKL, name, "vae", torch_dtype=dtype, **files)
+        unet = _whole(UNet2DConditionModel, name, "unet", torch_dtype=dtype, **files)
     return StableDiffusion(tokenizer, text_encoder, vae, unet, noise_schedule)
+
+
+def _whole(kind: Any, name: str, part: str, **options: Any) -> Any:
+    """A model with all its weights from the files: of those that are missing, the libraries would make random ones."""
+    model, found = kind.from_pretrained(name, subfolder=part, use_safetensors=True, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{part} lacks {len(missing)} weights, {missing[0]} for one")
+    return model
 
 
 def predict(

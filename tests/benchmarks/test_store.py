@@ -42,7 +42,7 @@ class Stopwatch:
 
 def write(folder, rows: int) -> None:
     draw, words = torch.Generator().manual_seed(0), find_words({"answer": TEXT})
-    with MapWriter(folder, {"recipe": "synthetic"}) as writer:
+    with MapWriter(folder, {"recipe": "synthetic", "frame": "whole"}) as writer:
         for i in range(rows):
             if i % 512 == 0:
                 block = torch.rand(512, len(words), 32, 32, generator=draw).half()

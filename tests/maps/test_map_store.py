@@ -11,7 +11,7 @@ import torch
 from datasets import load_dataset
 from PIL import Image
 
-from lavender_min.maps import MAX_ENTROPY, MapStore, MapWriter, entropy, store
+from lavender_min.maps import MAX_ENTROPY, MapStore, MapWriter, entropy, shard, store
 from lavender_min.maps.__main__ import main
 from lavender_min.words import Word, find_words
 
@@ -59,10 +59,10 @@ def test_round_trip_in_shards(tmp_path):
 @pytest.mark.parametrize("rows_a_group", [1, 5, 32])
 def test_few_open_files_serve_many_shards(tmp_path, monkeypatch, rows_a_group):
     monkeypatch.setattr(store, "OPEN_SHARDS", 2)
-    monkeypatch.setattr(store, "ROWS_PER_GROUP", rows_a_group)
+    monkeypatch.setattr(shard, "ROWS_PER_GROUP", rows_a_group)
     fill(tmp_path, range(120), shard_size=40)
     # A reader goes by what the file says.
-    monkeypatch.setattr(store, "ROWS_PER_GROUP", 7)
+    monkeypatch.setattr(shard, "ROWS_PER_GROUP", 7)
     maps = MapStore(tmp_path)
     files = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
     same(maps, range(120))
@@ -126,7 +126,7 @@ def test_going_on_and_several_writers(tmp_path):
             (first if i % 2 else second).add(*row(i))
     fill(tmp_path, range(22), shard_size=100)
     same(MapStore(tmp_path), range(22))
-    total = sum(len(store.read_ids(shard)) for shard in store.shard_files(tmp_path))
+    total = sum(len(store.read_ids(file)) for file in store.shard_files(tmp_path))
     # Nothing twice on the disk either.
     assert total == 22
 
@@ -160,7 +160,7 @@ def test_check_counts_and_finds_nothing_wrong(tmp_path, capsys):
     words = sum(len(row(i)[3]) for i in range(70))
     assert main(["check", str(tmp_path)]) == 0
     out, bar = capsys.readouterr()
-    size = sum(shard.stat().st_size for shard in tmp_path.glob("*.parquet")) / 1e6
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.parquet")) / 1e6
     assert out == f"{tmp_path}: 70 rows, {words} words, 2 shards, {size:.1f} MB\nnothing is wrong\n" and "100%" in bar
     assert main(["check", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.endswith("there is no recipe.json; run extract.py first\n")
@@ -179,11 +179,11 @@ def test_check_names_what_is_wrong(tmp_path, capsys):
         writer.add(*row(3))
     cut, flipped, misread = (tmp_path / f"maps-r000-0000{i}.parquet" for i in (1, 2, 3))
     cut.write_bytes(cut.read_bytes()[:-100])
-    for shard, place in ((flipped, len(flipped.read_bytes()) // 2), (misread, misread.read_bytes().index(b" dogs"))):
-        data = bytearray(shard.read_bytes())
+    for harmed, place in ((flipped, len(flipped.read_bytes()) // 2), (misread, misread.read_bytes().index(b" dogs"))):
+        data = bytearray(harmed.read_bytes())
         # One bit of a map; of a text.
         data[place] ^= 1
-        shard.write_bytes(data)
+        harmed.write_bytes(data)
     assert main(["check", str(tmp_path)]) == 1
     # A heading with its list, a line.
     parts = capsys.readouterr().out.replace("\n  ", "\0").splitlines()

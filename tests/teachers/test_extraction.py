@@ -27,10 +27,8 @@ ROOT = Path(__file__).parents[2]
 WORDS = ["A red dog", "the cat on the grass runs with a dog", "turquoise", "dog with a turquoise cat"]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def make_world(folder):
     """A tiny Stable Diffusion and 41 noisy pictures with texts, two of them broken."""
-    folder = tmp_path_factory.mktemp("world")
     build_tiny_sd(folder / "sd")
     lines, draw = [], np.random.default_rng(0)
     for i in range(41):
@@ -43,8 +41,13 @@ def world(tmp_path_factory):
     return folder
 
 
+def of_folder(data, world, maps, *more):
+    """The same command for other data."""
+    return ["--data", "folder", "--data_root", str(data), "--sd", str(world / "sd"), "--maps", str(maps), *more]
+
+
 def command(world, maps, *more):
-    return ["--data", "folder", "--data_root", str(world), "--sd", str(world / "sd"), "--maps", str(maps), *more]
+    return of_folder(world, world, maps, *more)
 
 
 def rows(maps):
@@ -68,7 +71,7 @@ def unbroken(world, tmp_path_factory):
 def test_what_is_stored_and_said(world, tmp_path, capsys):
     assert main(command(world, tmp_path / "maps", "--recipe", "noise", "--resolutions", "8:1,4:0.5")) == 0
     out, err = capsys.readouterr()
-    assert "41 pictures of folder, 0 done already; the rest has 267 words" in out
+    assert "41 pictures of folder, 0 done already; the rest has 267 words, the longest text 15 (p21)\n" in out
     assert "recipe noise: 3 UNet passes a picture, 123 in all, 8 pictures at once in float32" in out
     assert "about 1 MB more; " in out and " MB are free\n" in out and "expected time on 1 x cpu: about 1 min" in out
     assert "39 pictures stored" in out and "2 skipped" in out and "nats" in out
@@ -236,7 +239,14 @@ def test_a_store_of_an_earlier_version_can_be_gone_on_with(world, tmp_path):
     assert main([*base, "--limit", "1"]) == 0
     new = (tmp_path / "new" / "recipe.json").read_text()
     assert new.startswith(written)
-    assert list(json.loads(new)["made_with"]) == ["torch", "diffusers", "transformers", "batch_size", "dtype"]
+    assert list(json.loads(new)["made_with"]) == [
+        "torch",
+        "diffusers",
+        "transformers",
+        "data_root",
+        "batch_size",
+        "dtype",
+    ]
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "recipe.json").write_text(written + "}}")
     base[base.index("--maps") + 1] = str(tmp_path / "old")
@@ -296,6 +306,8 @@ def test_flickr30k_by_its_defaults_ends_in_one_line(tmp_path):
         (["--data", "toy", "--batch_size", "many"], "--batch_size must be a whole number of at least 1, or auto"),
         (["--data", "toy", "--shard_size", "0"], "--shard_size must be a whole number of at least 1; got 0"),
         (["--data", "toy", "--limit", "0"], "--limit must be a whole number of at least 1; got 0"),
+        (["--data", "toy", "--limit", "-1"], "--limit must be a whole number of at least 1; got -1"),
+        (["--data", "toy", "--max_words", "0"], "--max_words must be a whole number of at least 1; got 0"),
         (["--data", "toy", "--limit", "few"], "argument --limit: invalid int value: 'few'"),
         (
             ["--data", "toy", "--resolutions", "16"],
@@ -331,7 +343,7 @@ def test_wrong_stores_are_one_line(world, tmp_path, capsys):
 @pytest.mark.parametrize(
     "error, code, message",
     [
-        (KeyboardInterrupt(), 130, "stopped; what is done is stored, the same command goes on"),
+        (KeyboardInterrupt(), 130, "stopped; the same command goes on"),
         (torch.OutOfMemoryError(), 2, "out of GPU memory at --batch_size 4: try a smaller one"),
         (OSError("cannot write x: No space left on device"), 2, "cannot write x: No space left on device"),
     ],
@@ -358,7 +370,7 @@ def test_no_picture_at_all_is_an_error(world, tmp_path, capsys):
     assert main([*arguments, "--maps", str(tmp_path / "maps")]) == 2
     out, err = capsys.readouterr()
     assert "skipped gone.png#1: FileNotFoundError" in out
-    assert err.splitlines()[-1] == "extract.py: no picture could be read: see the list above"
+    assert err.splitlines()[-1] == "extract.py: nothing is stored: see the list above"
 
 
 @pytest.mark.slow
