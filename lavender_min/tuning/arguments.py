@@ -10,6 +10,29 @@ from transformers import TrainingArguments
 from lavender_min import cli
 from lavender_min.tuning.flags import Flags
 
+# The flags of TrainingArguments that a run may be started again with changed: its result stays the same, or it only goes on for
+# longer. All others decide the result.
+NO_DIFFERENCE = frozenset(
+    """
+    max_steps num_train_epochs
+    output_dir resume_from_checkpoint restore_callback_states_from_checkpoint do_train do_eval do_predict
+    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
+    include_num_input_tokens_seen disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+    trackio_static_space_id debug skip_memory_metrics
+    save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+    per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps
+    include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context dataloader_in_order remove_unused_columns label_names length_column_name
+    use_cpu local_rank ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
+    ddp_timeout fsdp fsdp_config deepspeed parallelism_config
+    gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
+    torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps use_cache use_liger_kernel
+    liger_kernel_config
+    """.split()
+)
+
 
 def yes_or_no(help: str) -> Any:
     """A flag that is None where it is not given: `--bf16` and `--bf16 false` both say something."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from lavender_min.tuning import sanity
+from lavender_min.tuning.checkpoints import STATE_FILE
 from lavender_min.tuning.model import Lavender
 from lavender_min.tuning.runs import ALIGN_FILE, load_align
 
@@ -129,6 +131,18 @@ class LavenderTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A run is finished once its folder has trainer_state.json again, which comes last."""
+        if output_dir is None and self.args.should_save:
+            (Path(str(self.args.output_dir)) / STATE_FILE).unlink(missing_ok=True)
+        super().save_model(output_dir, _internal_call)
+
+    def save_state(self) -> None:
+        if self.args.should_save:
+            out = Path(str(self.args.output_dir))
+            self.state.save_to_json(str(out / f".tmp-{STATE_FILE}"))
+            os.replace(out / f".tmp-{STATE_FILE}", out / STATE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # FSDP's checkpoints hold the whole model once more, Aligner and all.

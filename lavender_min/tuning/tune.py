@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from transformers import set_seed
 
 from lavender_min.data import Example
 from lavender_min.maps import MapStore
-from lavender_min.tuning import runs
+from lavender_min.tuning import checkpoints, runs
 from lavender_min.tuning.arguments import Training
 from lavender_min.tuning.callbacks import StopOnSigterm, WordMapPictures
 from lavender_min.tuning.collator import Collator, MappedExamples
@@ -19,14 +20,50 @@ from lavender_min.tuning.vision_cache import cache_vision
 
 
 def run(flags: Flags, args: Training, examples: list[Example]) -> int:
-    """Trains, or goes on training; the exit code."""
-    store = None if flags.plain else MapStore(flags.maps)
-    dataset = MappedExamples(examples, store)
+    """Trains, goes on training, or finds nothing left to do; the exit code."""
+    out = Path(str(args.output_dir))
+    checkpoints.refuse_inputs(flags, out)
+    dataset = chosen(flags, examples)
+    steps = checkpoints.total_steps(args, len(dataset))
+    # One process writes, and one holds the lock.
+    with checkpoints.locked(out) if args.should_save else nullcontext():
+        with args.main_process_first():
+            runs.remember(flags.of_model, out, runs.decided(flags, args, dataset))
+        if checkpoints.is_finished(out, steps):
+            return done(
+                args, f"{out} holds this run, finished with {checkpoints.step_of(out)} steps: nothing is left to do"
+            )
+        resume = checkpoints.given(args.resume_from_checkpoint) or checkpoints.last_checkpoint(out)
+        if resume and resume.step >= steps:
+            if args.should_save:
+                checkpoints.finish(resume, out, args.load_best_model_at_end)
+            return done(args, f"{resume.folder} is the end of this run: its adapter and {runs.ALIGN_FILE} are in {out}")
+        return train(flags, args, dataset, resume)
+
+
+def done(args: Training, line: str) -> int:
+    if args.process_index == 0:
+        print(line)
+    return 0
+
+
+def chosen(flags: Flags, examples: list[Example]) -> MappedExamples:
+    """The examples that have maps. Plain tuning takes the same, if the store is there, to be compared like for like."""
+    there = Path(flags.maps).exists()
+    dataset = MappedExamples(examples, MapStore(flags.maps) if there else None, flags.plain)
+    if not there:
+        print(
+            f"no maps in {flags.maps}: --plain takes all {len(examples)} examples, a run with maps may not",
+            file=sys.stderr,
+        )
     if dataset.missing:
         print(f"{dataset.missing} of {len(examples)} examples have no maps and are left out", file=sys.stderr)
+    return dataset
+
+
+def train(flags: Flags, args: Training, dataset: MappedExamples, resume: checkpoints.Checkpoint | None) -> int:
+    """From the first step, or from a checkpoint, to a finished folder; the exit code."""
     out = Path(str(args.output_dir))
-    with args.main_process_first():
-        runs.remember(flags.of_model, out)
     trainer = make_trainer(flags, args, dataset)
     say = print if trainer.is_world_process_zero() else lambda text: None
 
@@ -39,10 +76,11 @@ def run(flags: Flags, args: Training, examples: list[Example]) -> int:
         trainer.add_callback(WordMapPictures(trainer, flags.picture_steps))
     stop = StopOnSigterm(trainer)
     trainer.add_callback(stop)
-    resume = args.resume_from_checkpoint or runs.last_checkpoint(out)
     if resume:
-        say(f"going on from {resume}")
-    trainer.train(resume_from_checkpoint=resume)
+        say(f"going on from {resume.folder}")
+    trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
+    if broken := int(dataset.unreadable.sum()):
+        say(f"{broken} of {len(dataset)} pictures could not be read; the examples after them stood in")
     if stop.received:
         say(f"stopped by SIGTERM at step {trainer.state.global_step}, which is saved: run the same command to go on")
         return 128 + signal.SIGTERM
@@ -58,7 +96,7 @@ def make_trainer(flags: Flags, args: Training, dataset: MappedExamples) -> Laven
     # Weights that train themselves stay in float32 under mixed precision: half of it would round small steps away.
     model, processor = runs.build(flags.of_model, torch.float32 if flags.mode == "full" else half)
     model.host.config.use_cache = False
-    frame = "whole" if dataset.store is None else dataset.store.recipe["frame"]
+    frame = "whole" if dataset.store is None or flags.plain else dataset.store.recipe["frame"]
     return LavenderTrainer(
         model=model,
         args=args,
