@@ -1,6 +1,7 @@
 """The Trainer's flags: `transformers.TrainingArguments` with the paper's learning rate, logging and saving to this machine only."""
 # mypy: disable-error-code="assignment"
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,8 +71,38 @@ def parse(argv: list[str], flags: Flags) -> Training:
     return training_args
 
 
+def check(args: Training) -> None:
+    """Refuses, by name, what would train nothing or no numbers. The Trainer itself takes most of it without a word."""
+    cli.at_least(
+        1,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        per_device_eval_batch_size=args.per_device_eval_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        save_total_limit=args.save_total_limit,
+    )
+    cli.at_least(0, dataloader_num_workers=args.dataloader_num_workers, seed=args.seed, data_seed=args.data_seed)
+    numbers = ("learning_rate", "weight_decay", "warmup_steps", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha")
+    cli.between(0, math.inf, **{name: getattr(args, name) for name in numbers})
+    cli.between(0, 1, **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor")})
+    if not 0 < args.num_train_epochs < math.inf:
+        raise ValueError(f"--num_train_epochs must be a finite number above 0; got {args.num_train_epochs}")
+    if args.max_steps != -1:
+        cli.at_least(1, max_steps=args.max_steps)
+
+
+def one_gpu(args: Training) -> None:
+    """One process drives one GPU. The Trainer alone would spread each batch over all it sees, which a 4-bit host cannot bear."""
+    if args.n_gpu > 1:
+        print(
+            f"{args.n_gpu} GPUs are here and this process uses one; all of them: "
+            f"accelerate launch --num_processes {args.n_gpu} train.py … (see configs/)"
+        )
+        args._n_gpu = 1
+
+
 def settle(args: Training, flags: Flags) -> None:
     """Fills in what follows from other flags and from the machine."""
+    check(args)
     args.output_dir = args.output_dir or flags.output_dir
     # The collator takes whole examples.
     args.remove_unused_columns = False

@@ -112,6 +112,10 @@ class Chat(NamedTuple):
     starts: dict[str, int]  # where each field of the example starts in the text
 
 
+# Stands in for a question. It is no character of any language, so no template holds it.
+MARK = "\ue000"
+
+
 def chat(processor: Any, example: Example) -> Chat:
     """The example through the host's chat template. A template may trim a text; the fields are found as they stand."""
     question = example.question or CAPTION_PROMPT
@@ -121,8 +125,11 @@ def chat(processor: Any, example: Example) -> Chat:
     text = processor.apply_chat_template([user, assistant])
     if not text.startswith(prefix):
         raise ValueError("the chat template does not continue its own generation prompt with the answer")
+    # A short question ("is", "user") also stands in the template's own words, so the search begins where a mark comes out.
+    marked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": MARK}]}
+    header, mark, _ = processor.apply_chat_template([marked], add_generation_prompt=True).partition(MARK)
     starts = {
-        "question": prefix.rfind(example.question.strip()),
+        "question": prefix.find(example.question.strip(), len(header)) if mark and prefix.startswith(header) else -1,
         "answer": text.find(example.answer.strip(), len(prefix)),
     }
     for field, start in starts.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,9 +16,11 @@ from typing import Any, get_type_hints
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 from lavender_min.align.aligner import Align
 from lavender_min.failing import naming, read_json, shaped
+from lavender_min.hosts.base import Family
 from lavender_min.hosts.load import Host, load
 from lavender_min.tuning.arguments import NO_DIFFERENCE, Training
 from lavender_min.tuning.collator import MappedExamples
@@ -55,20 +58,36 @@ def build(
         with torch.random.fork_rng():
             align = Align(attentions, heads, flags.aggregate, rank, **shape).to(host.device)
     if flags.mode != "full" and trained:
-        host = PeftModel.from_pretrained(host, str(trained))
+        with naming(trained):
+            host = PeftModel.from_pretrained(host, str(trained))
     elif flags.mode != "full":
-        config = LoraConfig(
-            r=flags.lora_r,
-            lora_alpha=flags.lora_alpha,
-            lora_dropout=flags.lora_dropout,
-            target_modules=family.lora_targets.get(flags.lora_targets, flags.lora_targets),
-            task_type="CAUSAL_LM",
-        )
-        host = get_peft_model(host, config)
+        host = with_adapters(host, family, flags)
     model = Lavender(host, family, align, flags.lambda_att, flags.match)
     if trained and align is not None:
         load_align(model, trained)
     return model, processor
+
+
+def with_adapters(host: Any, family: Family, flags: ModelFlags) -> Any:
+    """The host with new LoRA adapters. Raises ValueError if --lora_targets names what cannot have one."""
+    targets = family.lora_targets.get(flags.lora_targets, flags.lora_targets)
+    named = {name: module for name, module in host.named_modules() if re.fullmatch(targets, name)}
+    if not named:
+        raise ValueError(f"--lora_targets {flags.lora_targets} names no module of {flags.vlm}")
+    for name, module in named.items():
+        if not isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+            raise ValueError(
+                f"--lora_targets {flags.lora_targets} names {name or 'the whole host'}, a {type(module).__name__}; "
+                "adapters go to linear layers, for instance .*q_proj"
+            )
+    config = LoraConfig(
+        r=flags.lora_r,
+        lora_alpha=flags.lora_alpha,
+        lora_dropout=flags.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(host, config)
 
 
 def load_align(model: Lavender, folder: str | Path) -> None:
@@ -77,7 +96,8 @@ def load_align(model: Lavender, folder: str | Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: was this checkpoint made without alignment (--plain)?")
     assert model.align is not None
-    model.align.load_state_dict(load_file(path))
+    with naming(path):
+        model.align.load_state_dict(load_file(path))
 
 
 def decided(flags: Flags, args: Training, dataset: MappedExamples) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -10,10 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 
+from lavender_min.failing import naming
 from lavender_min.tuning import sanity
 from lavender_min.tuning.checkpoints import STATE_FILE
 from lavender_min.tuning.model import Lavender
 from lavender_min.tuning.runs import ALIGN_FILE, load_align
+
+NO_NUMBERS = "does a lower --learning_rate help, with another --output_dir?"
 
 
 class LavenderTrainer(Trainer):
@@ -69,9 +73,22 @@ class LavenderTrainer(Trainer):
                 mean = self.accelerator.gather(total / self.seen).mean().item()
                 if name == "words":
                     name, mean = "words_per_sample", mean / self.args.per_device_train_batch_size
+                if not math.isfinite(mean):
+                    raise ValueError(f"stopped at step {self.state.global_step}: {name} is {mean}; {NO_NUMBERS}")
                 logs[name] = round(mean, 6)
+            self.require_numbers()
             self.sums, self.seen = {}, 0
         super().log(logs, start_time)
+
+    def require_numbers(self) -> None:
+        """Raises ValueError, which names the step, if a weight that trains has become infinite or not a number."""
+        trained = {name: p for name, p in self.lavender.named_parameters() if p.requires_grad}
+        finite = torch.stack([sanity.whole(p.detach().isfinite().all()) for p in trained.values()])
+        if not finite.all():
+            name = list(trained)[int(finite.int().argmin())]
+            raise ValueError(
+                f"stopped at step {self.state.global_step}: {name} holds no numbers any more; {NO_NUMBERS}"
+            )
 
     # ------------------------------------------------------------------------------------- training the Aligner first
 
@@ -136,7 +153,13 @@ class LavenderTrainer(Trainer):
         """A run is finished once its folder has trainer_state.json again, which comes last."""
         if output_dir is None and self.args.should_save:
             (Path(str(self.args.output_dir)) / STATE_FILE).unlink(missing_ok=True)
-        super().save_model(output_dir, _internal_call)
+        self.require_numbers()
+        with naming(Path(str(output_dir or self.args.output_dir)), "is there room on the disk?"):
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with naming(output_dir, "is there room on the disk?"):
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def save_state(self) -> None:
         if self.args.should_save:
@@ -146,8 +169,17 @@ class LavenderTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # FSDP's checkpoints hold the whole model once more, Aligner and all.
-        if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model=self.lavender.host)
-        if self.lavender.align is not None:
-            load_align(self.lavender, resume_from_checkpoint)
+        with naming(resume_from_checkpoint):
+            if self.is_fsdp_enabled:
+                return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model=self.lavender.host)
+            if self.lavender.align is not None:
+                load_align(self.lavender, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with naming(str(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with naming(str(checkpoint)):
+            super()._load_rng_state(checkpoint)

@@ -2,15 +2,17 @@
 
 import signal
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from transformers import set_seed
 
 from lavender_min.data import Example
+from lavender_min.failing import one_line
 from lavender_min.maps import MapStore
-from lavender_min.tuning import checkpoints, runs
+from lavender_min.tuning import arguments, checkpoints, runs
 from lavender_min.tuning.arguments import Training
 from lavender_min.tuning.callbacks import StopOnSigterm, WordMapPictures
 from lavender_min.tuning.collator import Collator, MappedExamples
@@ -21,6 +23,7 @@ from lavender_min.tuning.vision_cache import cache_vision
 
 def run(flags: Flags, args: Training, examples: list[Example]) -> int:
     """Trains, goes on training, or finds nothing left to do; the exit code."""
+    arguments.one_gpu(args)
     out = Path(str(args.output_dir))
     checkpoints.refuse_inputs(flags, out)
     dataset = chosen(flags, examples)
@@ -78,7 +81,8 @@ def train(flags: Flags, args: Training, dataset: MappedExamples, resume: checkpo
     trainer.add_callback(stop)
     if resume:
         say(f"going on from {resume.folder}")
-    trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
+    with in_one_line():
+        trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
     if broken := int(dataset.unreadable.sum()):
         say(f"{broken} of {len(dataset)} pictures could not be read; the examples after them stood in")
     if stop.received:
@@ -88,6 +92,19 @@ def train(flags: Flags, args: Training, dataset: MappedExamples, resume: checkpo
     trainer.save_state()
     say(f"adapter and {runs.ALIGN_FILE} are in {out}")
     return 0
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """What a DataLoader's worker raises holds its traceback, and its last line says it. A full GPU is no fault of ours."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"the GPU's memory is full ({one_line(error)[:80]} …): --plan says where it goes") from error
+    except (ValueError, OSError) as error:
+        if not str(error).startswith("Caught "):
+            raise
+        raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
 
 
 def make_trainer(flags: Flags, args: Training, dataset: MappedExamples) -> LavenderTrainer:

@@ -45,7 +45,7 @@ def copy(finished, tmp_path):
         (["--lr_scheduler_type", "cosine"], "--lr_scheduler_type linear ─► cosine"),
         (["--optim", "sgd"], "--optim adamw_torch_fused ─► sgd"),
         (["--weight_decay", "0.1"], "--weight_decay 0.0 ─► 0.1"),
-        (["--bf16"], "--bf16 False ─► True"),
+        (["--bf16", "--use_cpu"], "--bf16 False ─► True"),
         (["--pretrain_aligner_steps", "1"], "--pretrain_aligner_steps 0 ─► 1"),
         (["--limit", "12"], "the examples 16 with sha256 "),
         (["--lora_r", "4"], "--lora_r 8 ─► 4"),
