@@ -12,7 +12,7 @@ from lavender_min import data
 from lavender_min.data import Example
 from lavender_min.maps import MapStore, MapWriter
 from lavender_min.toy import data as toy
-from lavender_min.tuning import export, runs, tune
+from lavender_min.tuning import arguments, export, runs, tune
 from lavender_min.tuning.collator import Collator, MappedExamples, chat
 from lavender_min.tuning.flags import Flags, ModelFlags
 
@@ -126,8 +126,16 @@ def test_words_of_a_short_question_stand_after_the_header(vlm_folder, store_fold
 
 
 def test_one_process_drives_one_of_several_gpus(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.nn, "DataParallel", None)
+    usual = arguments.parse
+
+    def two_gpus(argv, flags):
+        args = usual(argv, flags)
+        # What the Trainer's flags hold where torch.cuda.device_count() is 2.
+        args._n_gpu = 2
+        return args
+
+    monkeypatch.setattr(arguments, "parse", two_gpus)
+    monkeypatch.setattr(torch.nn.DataParallel, "__init__", None)
     assert start(command(tmp_path)) == 0
     assert "2 GPUs are here and this process uses one" in (out := capsys.readouterr().out)
     assert "accelerate launch --num_processes 2" in out and steps(tmp_path) == [1, 2, 3, 4]
