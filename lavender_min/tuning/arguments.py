@@ -1,14 +1,14 @@
 """The Trainer's flags: `transformers.TrainingArguments` with the paper's learning rate, logging and saving to this machine only."""
 # mypy: disable-error-code="assignment"
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from lavender_min import cli
+from lavender_min.tuning import admitted
 from lavender_min.tuning.flags import Flags
 
 # The flags of TrainingArguments that a run may be started again with changed: its result stays the same, or it only goes on for
@@ -59,6 +59,9 @@ class Training(TrainingArguments):
     logging_steps: float = 10
     save_total_limit: int | None = 2
     report_to: str = "none"
+    eval_strategy: str | None = field(
+        default=None, metadata={"help": "default: epoch with --eval_share or --eval_split, no without"}
+    )
     remove_unused_columns: bool = False
 
     def __post_init__(self):
@@ -69,25 +72,6 @@ def parse(argv: list[str], flags: Flags) -> Training:
     training_args = cli.parse(Training, "train.py", "The flags of transformers.TrainingArguments.", argv)
     settle(training_args, flags)
     return training_args
-
-
-def check(args: Training) -> None:
-    """Refuses, by name, what would train nothing or no numbers. The Trainer itself takes most of it without a word."""
-    cli.at_least(
-        1,
-        per_device_train_batch_size=args.per_device_train_batch_size,
-        per_device_eval_batch_size=args.per_device_eval_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        save_total_limit=args.save_total_limit,
-    )
-    cli.at_least(0, dataloader_num_workers=args.dataloader_num_workers, seed=args.seed, data_seed=args.data_seed)
-    numbers = ("learning_rate", "weight_decay", "warmup_steps", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha")
-    cli.between(0, math.inf, **{name: getattr(args, name) for name in numbers})
-    cli.between(0, 1, **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor")})
-    if not 0 < args.num_train_epochs < math.inf:
-        raise ValueError(f"--num_train_epochs must be a finite number above 0; got {args.num_train_epochs}")
-    if args.max_steps != -1:
-        cli.at_least(1, max_steps=args.max_steps)
 
 
 def one_gpu(args: Training) -> None:
@@ -102,11 +86,18 @@ def one_gpu(args: Training) -> None:
 
 def settle(args: Training, flags: Flags) -> None:
     """Fills in what follows from other flags and from the machine."""
-    check(args)
+    on_gpu = flags.plan or (torch.cuda.is_available() and not args.use_cpu)
+    usual = {field.name: field.default for field in fields(Training) if field.default is not MISSING}
+    usual |= {field.name: field.default_factory() for field in fields(Training) if field.default_factory is not MISSING}
+    admitted.check(args, usual, on_gpu, flags.validates)
     args.output_dir = args.output_dir or flags.output_dir
     # The collator takes whole examples.
     args.remove_unused_columns = False
-    on_gpu = flags.plan or (torch.cuda.is_available() and not args.use_cpu)
+    if args.eval_strategy is None:
+        args.eval_strategy = "epoch" if flags.validates else "no"
+    # All of them are losses.
+    if args.metric_for_best_model and args.greater_is_better is None:
+        args.greater_is_better = False
     # 4 is the paper's batch; 1 at a time fits the smallest cards.
     if args.gradient_accumulation_steps is None:
         args.gradient_accumulation_steps = 1 if args.per_device_train_batch_size else 4

@@ -93,6 +93,10 @@ class MappedExamples(Dataset):
             )
         return stored
 
+    def lengths(self) -> list[int]:
+        """Of each text, in characters."""
+        return [len(example.question) + len(example.answer) for example in self.examples]
+
     def digest(self) -> str:
         """Tells lists of examples apart: by ids and texts, and by the pixels of a few pictures, as all would take too long."""
         made = sha256()

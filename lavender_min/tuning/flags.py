@@ -63,6 +63,10 @@ class Flags(ModelFlags):
     captions: str | None = flag(None, "first or all, as the maps were made")
     maps: str = flag("", "the store that extract.py made (default: maps/<data>)")
     limit: int | None = flag(None, "take only the first N examples")
+    eval_share: float | None = flag(
+        None, "hold out this share of the pictures, and log their losses (see --eval_strategy)"
+    )
+    eval_split: str | None = flag(None, "the same with a split of the data")
     qlora: bool = flag(False, "4-bit host (NF4, double quantisation) with LoRA adapters")
     lora: bool = flag(False, "LoRA adapters; what is done when nothing else is asked")
     full: bool = flag(False, "train every weight of the host")
@@ -83,6 +87,15 @@ class Flags(ModelFlags):
         super().__post_init__()
         cli.at_least(1, limit=self.limit, picture_steps=self.picture_steps)
         cli.at_least(0, pretrain_aligner_steps=self.pretrain_aligner_steps)
+        if self.eval_share is not None and not 0 < self.eval_share < 1:
+            raise ValueError(f"--eval_share must be above 0 and below 1; got {self.eval_share}")
+        if self.eval_share is not None and self.eval_split is not None:
+            raise ValueError("--eval_share and --eval_split exclude each other")
+
+    @property
+    def validates(self) -> bool:
+        """Whether a part of the data is held out."""
+        return self.eval_share is not None or self.eval_split is not None
 
     @property
     def output_dir(self) -> str:

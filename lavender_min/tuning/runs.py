@@ -100,12 +100,15 @@ def load_align(model: Lavender, folder: str | Path) -> None:
         model.align.load_state_dict(load_file(path))
 
 
-def decided(flags: Flags, args: Training, dataset: MappedExamples) -> dict[str, Any]:
+def decided(
+    flags: Flags, args: Training, dataset: MappedExamples, held_out: MappedExamples | None = None
+) -> dict[str, Any]:
     """What decides a run's result beside `ModelFlags`: examples, maps and the Trainer's flags, each under the name to show."""
     recipe = {} if dataset.store is None else dataset.store.recipe
     found = {
         "--data": flags.data,
         "the examples": dataset.digest(),
+        "the validation examples": None if held_out is None else held_out.digest(),
         "--pretrain_aligner_steps": flags.pretrain_aligner_steps,
         **{f"the maps' {key}": value for key, value in recipe.items() if key != "made_with"},
         **{f"--{name}": value for name, value in args.to_dict().items() if name not in NO_DIFFERENCE},

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lavender_min.failing import naming
 from lavender_min.tuning import sanity
@@ -18,6 +20,22 @@ from lavender_min.tuning.model import Lavender
 from lavender_min.tuning.runs import ALIGN_FILE, load_align
 
 NO_NUMBERS = "does a lower --learning_rate help, with another --output_dir?"
+
+
+class ByLength(LengthGroupedSampler):
+    """Texts of about one length in a batch, in an order that follows from seed and epoch, so that it comes back on resuming."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class LavenderTrainer(Trainer):
@@ -30,6 +48,8 @@ class LavenderTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.sums: dict[str, Tensor] = {}
         self.seen = 0
+        # The same of a validation.
+        self.measured: dict[str, Tensor] = {}
         # DeepSpeed's backward would take the step that `sanity` only tries.
         self.checked = self.is_deepspeed_enabled
 
@@ -59,13 +79,39 @@ class LavenderTrainer(Trainer):
             # The Trainer counts labels over all processes, and gradients are averaged over them once more.
             labels = labels / self.accelerator.num_processes
         out = model(**inputs, num_items_in_batch=labels, accumulation_steps=steps)
-        if model.training:
+        if not model.training:
+            # Weighted as the Trainer weighs `eval_loss`.
+            share = torch.tensor(float(len(inputs["input_ids"])), device=out["loss"].device)
+            for name, value in {**out, "examples": torch.ones_like(out["loss"])}.items():
+                self.measured[name] = self.measured.get(name, 0) + value.detach().float() * share
+        else:
             for name, value in out.items():
                 if name != "loss":
                     scale = steps if name == "loss_vlm" and labels is not None else 1
                     self.sums[name] = self.sums.get(name, 0) + value.float() * scale
             self.seen += 1
         return (out["loss"], out) if return_outputs else out["loss"]
+
+    def evaluation_loop(self, *args, **kwargs):
+        """Beside the loss, its two parts: eval_loss_vlm and, with alignment, eval_loss_att."""
+        self.measured = {}
+        found = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        totals = {name: self.accelerator.gather(total).sum() for name, total in self.measured.items()}
+        parts = [name for name in ("loss_vlm", "loss_att") if name in totals]
+        means = {f"{prefix}_{name}": (totals[name] / totals["examples"]).item() for name in parts}
+        return found._replace(metrics={**(found.metrics or {}), **means})
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        dataset: Any = self.train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ByLength(batch, dataset.lengths(), seed)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.seen and "loss" in logs:

@@ -1,5 +1,6 @@
 """What users' pictures, flags, folders and machines do to train.py: the right thing, or one line."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -44,11 +45,12 @@ def broken():
 def test_plain_tuning_takes_the_examples_of_the_store(vlm_folder, store_folder, capsys):
     examples = toy.load("tune", 12)
     flags = Flags(vlm=vlm_folder, maps=store_folder, data="toy")
-    aligned, plain = tune.chosen(flags, examples), tune.chosen(Flags(**{**vars(flags), "plain": True}), examples)
+    aligned = tune.chosen(flags, examples, "examples")
+    plain = tune.chosen(dataclasses.replace(flags, plain=True), examples, "examples")
     assert [e.id for e in plain.examples] == [e.id for e in aligned.examples] and plain.missing == aligned.missing > 0
     assert plain[0][1] is None and aligned[0][1] is not None
     capsys.readouterr()
-    assert not tune.chosen(Flags(vlm=vlm_folder, maps="nowhere", data="toy", plain=True), examples).missing
+    assert not tune.chosen(Flags(vlm=vlm_folder, maps="nowhere", data="toy", plain=True), examples, "examples").missing
     assert "no maps in nowhere: --plain takes all" in capsys.readouterr().err
 
 
