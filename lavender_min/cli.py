@@ -6,6 +6,7 @@ dataclass's own `__post_init__`, in a ValueError that names the flag. Nothing he
 for data that is not there, come before torch does.
 """
 
+import math
 import os
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
@@ -79,6 +80,14 @@ def at_least(low: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < low:
             raise ValueError(f"--{name} must be a whole number of at least {low}; got {value}")
+
+
+def between(low: float, high: float, **values: float | None) -> None:
+    """Each value given is a number of at least `low` and below `high`; the flag is named as the keyword is."""
+    for name, value in values.items():
+        if value is not None and not low <= value < high:
+            wanted = f"a finite number of at least {low}" if high == math.inf else f"at least {low} and below {high}"
+            raise ValueError(f"--{name} must be {wanted}; got {value}")
 
 
 def run(prog: str, main: Callable[[], int | None]) -> int:

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(argv: list[str]) -> None:
     """Checks the flags, then imports torch and what stands on it."""
     flags = cli.parse(Flags, PROG, __doc__, joined(argv))
-    if flags.image:
+    if flags.image is not None:
         image = open_picture(flags.image)
         from lavender_min.evaluation import own_picture
 

@@ -22,6 +22,7 @@ from lavender_min.evaluation import figures, metrics, models, report, tables
 from lavender_min.evaluation.flags import Flags, split_flags
 from lavender_min.evaluation.names import ALIGNED, CHANCE, LAVENDER, PLAIN, SD, UNTUNED, Numbers
 from lavender_min.evaluation.sheet import Sheet, first_pictures, make_sheet
+from lavender_min.failing import read_json, shaped
 from lavender_min.maps import MapStore
 from lavender_min.tuning import runs
 from lavender_min.tuning.flags import ModelFlags
@@ -101,7 +102,7 @@ def check_pairs(flags: Flags, out: Path) -> None:
     if not flags.seeds:
         return
     note = out / "seeds.json"
-    if note.exists() and (before := json.loads(note.read_text())) != split_flags("--train", flags.train):
+    if note.exists() and (before := read_json(note, list)) != split_flags("--train", flags.train):
         raise ValueError(f'{out} holds runs made with --train "{shlex.join(before)}": take another --out, or delete it')
     if not note.exists() and any(out.glob("*-*/trainer_state.json")):
         raise ValueError(f"{out} holds runs that --seeds did not make: give them as --plain and --lavender")
@@ -157,7 +158,8 @@ def recall(name: str, folder: str) -> Finished:
             f"--{'plain' if flags.plain else 'lavender'}"
         )
     shown = asdict(flags) | {"vlm": near(flags.vlm)}
-    return Finished(report.Run(name, folder, shown, json.loads(state.read_text())["log_history"]), flags)
+    history = shaped(read_json(state, dict).get("log_history"), list, f"{state}, log_history")
+    return Finished(report.Run(name, folder, shown, history), flags)
 
 
 def recall_all(plain: list[str], lavender: list[str]) -> list[Finished]:

@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 from lavender_min import cli
 from lavender_min.cli import flag
@@ -35,7 +36,11 @@ class Flags:
 
     def __post_init__(self) -> None:
         cli.at_least(1, seeds=self.seeds, scenes=self.scenes, batch_size=self.batch_size)
-        if self.image:
+        if self.image is not None:
+            if not self.image.strip():
+                raise ValueError("--image needs the file of a picture; got ''")
+            if Path(self.image).resolve() == self.drawing.resolve():
+                raise ValueError(f"--out {self.out} would write over --image {self.image}: take another --out")
             return
         if self.question or self.vlm or self.adapter:
             raise ValueError("--question, --vlm and --adapter are about one's own picture: give --image too")
@@ -48,6 +53,11 @@ class Flags:
             raise ValueError("--seeds makes its own runs: leave out --plain and --lavender")
         if taken := [name for name in more if name.split("=")[0] in OURS]:
             raise ValueError(f"--train must not hold {taken[0]}: --seeds sets {', '.join(OURS)} itself")
+
+    @property
+    def drawing(self) -> Path:
+        """Where --image's words are drawn to."""
+        return Path(self.out) / f"{Path(str(self.image)).stem}.png"
 
 
 def split_flags(name: str, text: str) -> list[str]:

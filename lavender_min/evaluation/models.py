@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from lavender_min.data import Example
 from lavender_min.evaluation.sheet import Sheet
+from lavender_min.failing import naming
 from lavender_min.hosts.load import load as load_host
 from lavender_min.maps import StoredMaps
 from lavender_min.tuning import runs
@@ -61,7 +62,8 @@ def load_adapter(vlm: str | None, adapter: str | None, dtype: torch.dtype) -> Lo
     tuned_on = base_of(Path(adapter)) if adapter else None
     host, processor, family = load_host(str(vlm or tuned_on), dtype=dtype)
     if adapter:
-        host = PeftModel.from_pretrained(host, adapter)
+        with naming(adapter):
+            host = PeftModel.from_pretrained(host, adapter)
     return Loaded(Lavender(host, family), processor, "predicting")
 
 

@@ -44,9 +44,8 @@ def describe(flags: Flags, image: Image.Image) -> None:
     print(reply.text)
     if not reply.words:
         raise ValueError(f"the answer, {reply.text!r}, has no words to draw")
-    path = Path(flags.out) / f"{Path(str(flags.image)).stem}.png"
-    draw_reply(path, image, reply)
-    print(f"{path} shows where it looked for each word")
+    draw_reply(flags.drawing, image, reply)
+    print(f"{flags.drawing} shows where it looked for each word")
 
 
 def answer(loaded: models.Loaded, image: Image.Image, question: str) -> Reply:

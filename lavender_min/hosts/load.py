@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from lavender_min import hub
+from lavender_min.failing import naming
 from lavender_min.hosts import FAMILIES
 from lavender_min.hosts.base import Family
 from lavender_min.hosts.reading import hook
@@ -30,13 +31,22 @@ def family_of(name: str, model_type: str) -> Family:
 def load(name: str, quantize: bool = False, dtype: torch.dtype = torch.float32) -> Host:
     """The host, hooked (see `reading`); `quantize` holds every linear layer but lm_head in NF4.
 
-    Raises ValueError, in one line, for a family that is not known, and OSError for weights that cannot be had.
+    Raises ValueError, in one line, for a family that is not known or files that are not as they should be, and OSError for
+    weights that cannot be had.
     """
+    with naming(f"--vlm {name}"):
+        host = read(name, quantize, dtype)
+        hook(host.model, host.family)
+    return host
+
+
+def read(name: str, quantize: bool, dtype: torch.dtype) -> Host:
+    """The host as transformers loads it. No code of a model's folder is run."""
     try:
         hub.ask(name, "config.json")
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         family = family_of(name, config.model_type)
-        processor = AutoProcessor.from_pretrained(name)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         extra = {}
         if quantize:
             extra["quantization_config"] = BitsAndBytesConfig(
@@ -51,7 +61,9 @@ def load(name: str, quantize: bool = False, dtype: torch.dtype = torch.float32) 
         # Under FSDP each card is to get its part only.
         sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
         device = {"": torch.cuda.current_device()} if torch.cuda.is_available() and not sharded else None
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, device_map=device, **extra)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, device_map=device, trust_remote_code=False, **extra
+        )
     except OSError as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise OSError(
@@ -65,5 +77,4 @@ def load(name: str, quantize: bool = False, dtype: torch.dtype = torch.float32) 
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-    hook(model, family)
     return Host(model, processor, family)

@@ -7,27 +7,44 @@ default, as the paper's code has it) takes the rows that predict the word's toke
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
+from functools import partial
+from hashlib import sha256
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lavender_min.data import CAPTION_PROMPT, Example
+from lavender_min.failing import naming, one_line
 from lavender_min.geometry import MAP_SIDE, minmax
 from lavender_min.hosts.base import Box, Family, collate_views
 from lavender_min.maps import MapStore, StoredMaps
 from lavender_min.tuning.vision_cache import VisionCache
 from lavender_min.words import token_spans
 
+# So many pictures of a list of examples go into its digest, at most.
+DIGESTED = 8
+
+
+def opened(picture: Image.Image) -> Image.Image:
+    return picture
+
 
 class MappedExamples(Dataset):
-    """Examples beside their maps. Without a store (plain tuning) there are no words to align."""
+    """Examples beside their maps, their pictures opened. Plain tuning takes the examples of the store too, but no maps.
 
-    def __init__(self, examples: list[Example], store: MapStore | None):
-        self.store = store
+    An example whose picture cannot be read is replaced by the next that can, so that batches stay full and runs on the same data
+    take the same steps. It is named once on stderr.
+    """
+
+    def __init__(self, examples: list[Example], store: MapStore | None, plain: bool = False):
+        self.store, self.plain = store, plain
         self.examples = examples if store is None else [e for e in examples if e.id in store]
         # Broken pictures, for one.
         self.missing = len(examples) - len(self.examples)
@@ -35,20 +52,60 @@ class MappedExamples(Dataset):
             raise ValueError(
                 f"none of the {len(examples)} examples has maps in the store; was it made from other data?"
             )
+        # Shared with the workers of a DataLoader.
+        self.unreadable = torch.zeros(len(self.examples), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, i: int) -> tuple[Example, StoredMaps | None]:
-        example = self.examples[i]
-        if self.store is None:
-            return example, None
-        stored = self.store[example.id]
+        for k in chain(range(i, len(self)), range(i)):
+            example, picture = self.examples[k], self.picture(k)
+            if picture is not None:
+                return example._replace(image=partial(opened, picture)), self.stored(example)
+        raise ValueError(f"none of the {len(self)} pictures can be read")
+
+    def picture(self, i: int) -> Image.Image | None:
+        """The picture of example i; None, and a line on stderr the first time, if it cannot be read."""
+        if self.unreadable[i]:
+            return None
+        try:
+            with naming(self.examples[i].id):
+                return self.examples[i].image()
+        except ValueError as error:
+            self.unreadable[i] = True
+            print(f"broken picture, the next example stands in for it: {one_line(error)}", file=sys.stderr, flush=True)
+            return None
+
+    def stored(self, example: Example) -> StoredMaps | None:
+        """What the store holds of an example. Raises ValueError, which names it, if that was made for another text."""
+        if self.store is None or self.plain:
+            return None
+        with naming(example.id):
+            stored = self.store[example.id]
         if (stored.question, stored.answer) != (example.question, example.answer):
             raise ValueError(
                 f"the maps of {example.id} were made for {stored.answer!r}, the data now says {example.answer!r}; extract again"
             )
-        return example, stored
+        if not stored.maps.isfinite().all():
+            raise ValueError(
+                f"the maps of {example.id} in {self.store.path} hold values that are no numbers; extract them again"
+            )
+        return stored
+
+    def lengths(self) -> list[int]:
+        """Of each text, in characters."""
+        return [len(example.question) + len(example.answer) for example in self.examples]
+
+    def digest(self) -> str:
+        """Tells lists of examples apart: by ids and texts, and by the pixels of a few pictures, as all would take too long."""
+        made = sha256()
+        for example in self.examples:
+            made.update(json.dumps([example.id, example.question, example.answer]).encode())
+        for i in range(0, len(self), -(-len(self) // DIGESTED)):
+            picture = self.picture(i)
+            made.update(b"" if picture is None else repr(picture.size).encode() + picture.tobytes())
+        return f"{len(self)} with sha256 {made.hexdigest()[:16]}"
 
 
 class Chat(NamedTuple):
@@ -57,6 +114,10 @@ class Chat(NamedTuple):
     text: str
     answer_start: int  # from this character on it is labelled: the answer, and the end of its turn
     starts: dict[str, int]  # where each field of the example starts in the text
+
+
+# Stands in for a question. It is no character of any language, so no template holds it.
+MARK = "\ue000"
 
 
 def chat(processor: Any, example: Example) -> Chat:
@@ -68,8 +129,11 @@ def chat(processor: Any, example: Example) -> Chat:
     text = processor.apply_chat_template([user, assistant])
     if not text.startswith(prefix):
         raise ValueError("the chat template does not continue its own generation prompt with the answer")
+    # A short question ("is", "user") also stands in the template's own words, so the search begins where a mark comes out.
+    marked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": MARK}]}
+    header, mark, _ = processor.apply_chat_template([marked], add_generation_prompt=True).partition(MARK)
     starts = {
-        "question": prefix.rfind(example.question.strip()),
+        "question": prefix.find(example.question.strip(), len(header)) if mark and prefix.startswith(header) else -1,
         "answer": text.find(example.answer.strip(), len(prefix)),
     }
     for field, start in starts.items():

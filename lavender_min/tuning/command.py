@@ -16,7 +16,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from lavender_min import cli, data
+from lavender_min import cli
+from lavender_min.tuning import parts
 from lavender_min.tuning.flags import Flags
 
 PROG = "train.py"
@@ -37,9 +38,9 @@ def train(argv: list[str]) -> int:
     if unknown:
         raise ValueError(f"there is no flag {unknown[0]} (see {PROG} --help)")
     if flags.help_training or flags.plan:
-        examples = []
+        found = parts.Parts([], [])
     else:
-        examples = data.load(flags.data, flags.data_root, flags.split, flags.captions)[: flags.limit]
+        found = parts.load(flags)
         if not flags.plain and not Path(flags.maps).exists():
             raise FileNotFoundError(
                 f"no maps in {flags.maps}; make them first: python extract.py --data {flags.data} --maps {flags.maps}"
@@ -51,7 +52,7 @@ def train(argv: list[str]) -> int:
     if flags.plan:
         print(memory.describe(flags.of_model, training_args))
         return 0
-    return tune.run(flags, training_args, examples)
+    return tune.run(flags, training_args, found)
 
 
 def trainer_flags() -> list[str]:

@@ -8,13 +8,16 @@ the host has bytes: 20 GiB for Llama-3.2-11B-Vision; no GPU.
 """
 
 import argparse
-import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from lavender_min import cli
+from lavender_min.failing import naming, read_json, shaped
 from lavender_min.tuning import runs
 
 ADAPTER_FILE = "adapter_config.json"
@@ -29,7 +32,9 @@ def base_of(folder: Path) -> str:
         raise FileNotFoundError(
             f"{folder} holds no {ADAPTER_FILE}: give the --output_dir of a finished run of train.py, or a PEFT adapter"
         )
-    return json.loads((folder / ADAPTER_FILE).read_text())["base_model_name_or_path"]
+    file = folder / ADAPTER_FILE
+    base = read_json(file, dict).get("base_model_name_or_path")
+    return shaped(base, str, f"{file}, base_model_name_or_path")
 
 
 def export(folder: Path, out: Path) -> None:
@@ -37,11 +42,20 @@ def export(folder: Path, out: Path) -> None:
     base = base_of(folder)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: give a new folder")
-    host = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
+    # Written aside and renamed, so that what is killed midway is in nobody's way.
+    aside = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with naming(base):
+        host = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(base, trust_remote_code=False)
     if base != str(folder):
-        host = PeftModel.from_pretrained(host, str(folder)).merge_and_unload(safe_merge=True)
-    host.save_pretrained(out)
-    AutoProcessor.from_pretrained(base).save_pretrained(out)
+        with naming(folder):
+            host = PeftModel.from_pretrained(host, str(folder)).merge_and_unload(safe_merge=True)
+    with naming(out):
+        host.save_pretrained(aside)
+        processor.save_pretrained(aside)
+        os.replace(aside, out)
+    print(f"{out} holds the merged model and its processor")
 
 
 def main() -> int:
@@ -53,13 +67,7 @@ def main() -> int:
     parser.add_argument("dir", type=Path, help="the --output_dir of a run of train.py, or a PEFT adapter")
     parser.add_argument("out", type=Path, help="a new folder")
     args = parser.parse_args()
-    try:
-        export(args.dir, args.out)
-    except (ValueError, OSError) as error:
-        print(f"export: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"{args.out} holds the merged model and its processor")
-    return 0
+    return cli.run("export", lambda: export(args.dir, args.out))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 `ModelFlags` are those that make a model and its losses; a finished run remembers them in its folder.
 """
 
+import math
+import re
 from dataclasses import dataclass, fields
 
-from lavender_min import data
+from lavender_min import cli, data
 from lavender_min.align import AGGREGATIONS, ALIGNERS, NORMS
 from lavender_min.cli import flag
 from lavender_min.hosts import FAMILIES
@@ -42,6 +44,21 @@ class ModelFlags:
     words: str = flag("answer", "align words of the answer, or of question and answer", ["answer", "all"])
     attend: str = flag("predicting", "the rows that predict a word, or that read it", ATTEND)
 
+    def __post_init__(self) -> None:
+        """Values may also come from a file of an earlier run, so that choices are looked at here too."""
+        for field in fields(ModelFlags):
+            choices, value = field.metadata.get("choices"), getattr(self, field.name)
+            if choices and value not in choices:
+                raise ValueError(f"--{field.name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+        cli.at_least(1, lora_r=self.lora_r, lora_alpha=self.lora_alpha)
+        cli.at_least(0, parallel_rank=self.parallel_rank)
+        cli.between(0, 1, lora_dropout=self.lora_dropout)
+        cli.between(0, math.inf, lambda_att=self.lambda_att)
+        try:
+            re.compile(self.lora_targets)
+        except re.error as error:
+            raise ValueError(f"--lora_targets {self.lora_targets} is no regular expression: {error}") from None
+
 
 @dataclass
 class Flags(ModelFlags):
@@ -51,6 +68,10 @@ class Flags(ModelFlags):
     captions: str | None = flag(None, "first or all, as the maps were made")
     maps: str = flag("", "the store that extract.py made (default: maps/<data>)")
     limit: int | None = flag(None, "take only the first N examples")
+    eval_share: float | None = flag(
+        None, "hold out this share of the pictures, and log their losses (see --eval_strategy)"
+    )
+    eval_split: str | None = flag(None, "the same with a split of the data")
     qlora: bool = flag(False, "4-bit host (NF4, double quantisation) with LoRA adapters")
     lora: bool = flag(False, "LoRA adapters; what is done when nothing else is asked")
     full: bool = flag(False, "train every weight of the host")
@@ -68,6 +89,18 @@ class Flags(ModelFlags):
         self.mode = modes[0] if modes else self.mode
         self.vlm = self.vlm or data.SOURCES[self.data].vlm
         self.maps = self.maps or f"maps/{self.data}"
+        super().__post_init__()
+        cli.at_least(1, limit=self.limit, picture_steps=self.picture_steps)
+        cli.at_least(0, pretrain_aligner_steps=self.pretrain_aligner_steps)
+        if self.eval_share is not None and not 0 < self.eval_share < 1:
+            raise ValueError(f"--eval_share must be above 0 and below 1; got {self.eval_share}")
+        if self.eval_share is not None and self.eval_split is not None:
+            raise ValueError("--eval_share and --eval_split exclude each other")
+
+    @property
+    def validates(self) -> bool:
+        """Whether a part of the data is held out."""
+        return self.eval_share is not None or self.eval_split is not None
 
     @property
     def output_dir(self) -> str:

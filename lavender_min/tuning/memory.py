@@ -180,14 +180,14 @@ def empty_host(flags: ModelFlags, dtype: torch.dtype) -> Host:
     name = flags.vlm
     families = [family_of(name, model_type) for model_type in FAMILIES]
     if Path(name).is_dir():
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     else:
         config = next(filter(None, (family.config(name) for family in families)), None)
     if config is None:
         raise ValueError(f"--plan needs a folder with a config.json, or a model that it knows; got --vlm {name}")
     family = family_of(name, config.model_type)
     with torch.device("meta"):
-        host = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        host = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
     if flags.mode == "qlora":
         pack_nf4(host, dtype)
     hook(host, family)

@@ -38,11 +38,21 @@ class Lavender(nn.Module):
         self.host: Any = host
         self.family, self.align = family, align
         self.lambda_att, self.match = lambda_att, match
+        # Of the cross entropy, in training; what is measured stays plain.
+        self.label_smoothing = 0.0
 
     @property
     def base(self) -> Any:
         """The host without its adapters' wrapping."""
         return self.host.get_base_model() if hasattr(self.host, "get_base_model") else self.host
+
+    @property
+    def config(self) -> Any:
+        """The host's. The Trainer looks here for it, and for the embeddings."""
+        return self.base.config
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
 
     def forward(
         self,
@@ -68,7 +78,13 @@ class Lavender(nn.Module):
             wanted = wanted | self.predictors(spoken, labels)
         predicted = Predicted(wanted, self.family.logits(self.base, hidden[wanted]))
         expected = next_token[wanted]
-        total = nn.functional.cross_entropy(predicted.logits.float(), expected, ignore_index=-100, reduction="sum")
+        total = nn.functional.cross_entropy(
+            predicted.logits.float(),
+            expected,
+            ignore_index=-100,
+            reduction="sum",
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+        )
         count = num_items_in_batch if num_items_in_batch is not None else (expected != -100).sum().clamp(min=1)
         loss_vlm = total / count
         if align is None or sink is None:

@@ -1,27 +1,37 @@
 """A run of `train.py`: its flags, the model they make, and the folder it leaves.
 
-`lavender.json` in the folder remembers the flags, so evaluation can build the same model, and a run that is started again
-with other flags is refused rather than mixed with the first.
+`lavender.json` in the folder remembers the flags, so evaluation can build the same model, and what else decides the result, so a
+run that is started again with other flags, data or maps is refused rather than mixed with the first.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 from lavender_min.align.aligner import Align
+from lavender_min.failing import naming, read_json, shaped
+from lavender_min.hosts.base import Family
 from lavender_min.hosts.load import Host, load
-from lavender_min.tuning.flags import ModelFlags
+from lavender_min.tuning.arguments import NO_DIFFERENCE, Training
+from lavender_min.tuning.collator import MappedExamples
+from lavender_min.tuning.flags import Flags, ModelFlags
 from lavender_min.tuning.model import Lavender
 
 ALIGN_FILE = "lavender.safetensors"
 FLAGS_FILE = "lavender.json"
+# Its entry for what decides a run beside `ModelFlags`.
+DECIDES = "decides"
+ADVICE = "it is not as train.py wrote it: delete the folder, or take another"
 
 
 def build(
@@ -48,20 +58,36 @@ def build(
         with torch.random.fork_rng():
             align = Align(attentions, heads, flags.aggregate, rank, **shape).to(host.device)
     if flags.mode != "full" and trained:
-        host = PeftModel.from_pretrained(host, str(trained))
+        with naming(trained):
+            host = PeftModel.from_pretrained(host, str(trained))
     elif flags.mode != "full":
-        config = LoraConfig(
-            r=flags.lora_r,
-            lora_alpha=flags.lora_alpha,
-            lora_dropout=flags.lora_dropout,
-            target_modules=family.lora_targets.get(flags.lora_targets, flags.lora_targets),
-            task_type="CAUSAL_LM",
-        )
-        host = get_peft_model(host, config)
+        host = with_adapters(host, family, flags)
     model = Lavender(host, family, align, flags.lambda_att, flags.match)
     if trained and align is not None:
         load_align(model, trained)
     return model, processor
+
+
+def with_adapters(host: Any, family: Family, flags: ModelFlags) -> Any:
+    """The host with new LoRA adapters. Raises ValueError if --lora_targets names what cannot have one."""
+    targets = family.lora_targets.get(flags.lora_targets, flags.lora_targets)
+    named = {name: module for name, module in host.named_modules() if re.fullmatch(targets, name)}
+    if not named:
+        raise ValueError(f"--lora_targets {flags.lora_targets} names no module of {flags.vlm}")
+    for name, module in named.items():
+        if not isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+            raise ValueError(
+                f"--lora_targets {flags.lora_targets} names {name or 'the whole host'}, a {type(module).__name__}; "
+                "adapters go to linear layers, for instance .*q_proj"
+            )
+    config = LoraConfig(
+        r=flags.lora_r,
+        lora_alpha=flags.lora_alpha,
+        lora_dropout=flags.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(host, config)
 
 
 def load_align(model: Lavender, folder: str | Path) -> None:
@@ -70,37 +96,62 @@ def load_align(model: Lavender, folder: str | Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: was this checkpoint made without alignment (--plain)?")
     assert model.align is not None
-    model.align.load_state_dict(load_file(path))
+    with naming(path):
+        model.align.load_state_dict(load_file(path))
 
 
-def remember(flags: ModelFlags, folder: Path) -> None:
-    """Writes the flags beside the weights; a folder that holds a run with others is an error, not an overwrite."""
+def decided(
+    flags: Flags, args: Training, dataset: MappedExamples, held_out: MappedExamples | None = None
+) -> dict[str, Any]:
+    """What decides a run's result beside `ModelFlags`: examples, maps and the Trainer's flags, each under the name to show."""
+    recipe = {} if dataset.store is None else dataset.store.recipe
+    found = {
+        "--data": flags.data,
+        "the examples": dataset.digest(),
+        "the validation examples": None if held_out is None else held_out.digest(),
+        "--pretrain_aligner_steps": flags.pretrain_aligner_steps,
+        **{f"the maps' {key}": value for key, value in recipe.items() if key != "made_with"},
+        **{f"--{name}": value for name, value in args.to_dict().items() if name not in NO_DIFFERENCE},
+    }
+    # As it will be read back.
+    return json.loads(json.dumps(found, default=str))
+
+
+def remember(flags: ModelFlags, folder: Path, decides: dict[str, Any] | None = None) -> None:
+    """Writes beside the weights what decided them (see `decided`); a folder that holds another run is refused.
+
+    What an older version did not write down is not compared.
+    """
     path = folder / FLAGS_FILE
+    now = {**asdict(flags), DECIDES: decides or {}}
+    before: dict[str, Any] = {}
     if path.exists():
-        before, now = json.loads(path.read_text()), asdict(flags)
-        changed = [f"--{key} {before.get(key)} ─► {now[key]}" for key in now if before.get(key) != now[key]]
+        before = read_json(path, dict, ADVICE)
+        was = {f"--{key}": value for key, value in asdict(recall(folder)).items()}
+        was |= shaped(before.get(DECIDES, {}), dict, f"{path}, {DECIDES}")
+        is_now = {f"--{key}": value for key, value in asdict(flags).items()} | now[DECIDES]
+        changed = [f"{key} {was[key]} ─► {is_now[key]}" for key in is_now if key in was and was[key] != is_now[key]]
         if changed:
             raise ValueError(
                 f"{folder} holds a run with other flags ({', '.join(changed)}): take another --output_dir, or delete it"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(flags), indent=2) + "\n")
+        now[DECIDES] = before.get(DECIDES, {}) | now[DECIDES]
+    if now != before:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f".tmp-{FLAGS_FILE}"
+        aside.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        os.replace(aside, path)
 
 
 def recall(folder: str | Path) -> ModelFlags:
-    """The flags of a finished run."""
+    """The flags of a finished run. What an older version did not write down has its default."""
     path = Path(folder) / FLAGS_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: {folder} is not the --output_dir of a run of train.py")
-    return ModelFlags(**json.loads(path.read_text()))
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint. A run killed while it saved leaves one without its last file, trainer_state.json."""
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            whole.append((json.loads((path / "trainer_state.json").read_text())["global_step"], str(path)))
-        except (OSError, ValueError):
-            continue
-    return max(whole)[1] if whole else None
+    held = read_json(path, dict, ADVICE)
+    types = get_type_hints(ModelFlags)
+    flags = {name: shaped(held[name], of, f"{path}, {name}") for name, of in types.items() if name in held}
+    if not flags.get("vlm"):
+        raise ValueError(f"{path} does not name the host that was tuned (vlm); {ADVICE}")
+    with naming(path):
+        return ModelFlags(**flags)

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from lavender_min.failing import naming
 from lavender_min.tuning import sanity
+from lavender_min.tuning.checkpoints import STATE_FILE
 from lavender_min.tuning.model import Lavender
 from lavender_min.tuning.runs import ALIGN_FILE, load_align
+
+NO_NUMBERS = "does a lower --learning_rate help, with another --output_dir?"
+
+
+class ByLength(LengthGroupedSampler):
+    """Texts of about one length in a batch, in an order that follows from seed and epoch, so that it comes back on resuming."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class LavenderTrainer(Trainer):
@@ -24,6 +48,8 @@ class LavenderTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.sums: dict[str, Tensor] = {}
         self.seen = 0
+        # The same of a validation.
+        self.measured: dict[str, Tensor] = {}
         # DeepSpeed's backward would take the step that `sanity` only tries.
         self.checked = self.is_deepspeed_enabled
 
@@ -53,7 +79,12 @@ class LavenderTrainer(Trainer):
             # The Trainer counts labels over all processes, and gradients are averaged over them once more.
             labels = labels / self.accelerator.num_processes
         out = model(**inputs, num_items_in_batch=labels, accumulation_steps=steps)
-        if model.training:
+        if not model.training:
+            # Weighted as the Trainer weighs `eval_loss`.
+            share = torch.tensor(float(len(inputs["input_ids"])), device=out["loss"].device)
+            for name, value in {**out, "examples": torch.ones_like(out["loss"])}.items():
+                self.measured[name] = self.measured.get(name, 0) + value.detach().float() * share
+        else:
             for name, value in out.items():
                 if name != "loss":
                     scale = steps if name == "loss_vlm" and labels is not None else 1
@@ -61,15 +92,49 @@ class LavenderTrainer(Trainer):
             self.seen += 1
         return (out["loss"], out) if return_outputs else out["loss"]
 
+    def evaluation_loop(self, *args, **kwargs):
+        """Beside the loss, its two parts: eval_loss_vlm and, with alignment, eval_loss_att."""
+        self.measured = {}
+        found = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        totals = {name: self.accelerator.gather(total).sum() for name, total in self.measured.items()}
+        parts = [name for name in ("loss_vlm", "loss_att") if name in totals]
+        means = {f"{prefix}_{name}": (totals[name] / totals["examples"]).item() for name in parts}
+        return found._replace(metrics={**(found.metrics or {}), **means})
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        dataset: Any = self.train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ByLength(batch, dataset.lengths(), seed)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.seen and "loss" in logs:
             for name, total in self.sums.items():
                 mean = self.accelerator.gather(total / self.seen).mean().item()
                 if name == "words":
                     name, mean = "words_per_sample", mean / self.args.per_device_train_batch_size
+                if not math.isfinite(mean):
+                    raise ValueError(f"stopped at step {self.state.global_step}: {name} is {mean}; {NO_NUMBERS}")
                 logs[name] = round(mean, 6)
+            self.require_numbers()
             self.sums, self.seen = {}, 0
         super().log(logs, start_time)
+
+    def require_numbers(self) -> None:
+        """Raises ValueError, which names the step, if a weight that trains has become infinite or not a number."""
+        trained = {name: p for name, p in self.lavender.named_parameters() if p.requires_grad}
+        finite = torch.stack([sanity.whole(p.detach().isfinite().all()) for p in trained.values()])
+        if not finite.all():
+            name = list(trained)[int(finite.int().argmin())]
+            raise ValueError(
+                f"stopped at step {self.state.global_step}: {name} holds no numbers any more; {NO_NUMBERS}"
+            )
 
     # ------------------------------------------------------------------------------------- training the Aligner first
 
@@ -130,10 +195,37 @@ class LavenderTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A run is finished once its folder has trainer_state.json again, which comes last."""
+        if output_dir is None and self.args.should_save:
+            (Path(str(self.args.output_dir)) / STATE_FILE).unlink(missing_ok=True)
+        self.require_numbers()
+        with naming(Path(str(output_dir or self.args.output_dir)), "is there room on the disk?"):
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with naming(output_dir, "is there room on the disk?"):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def save_state(self) -> None:
+        if self.args.should_save:
+            out = Path(str(self.args.output_dir))
+            self.state.save_to_json(str(out / f".tmp-{STATE_FILE}"))
+            os.replace(out / f".tmp-{STATE_FILE}", out / STATE_FILE)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # FSDP's checkpoints hold the whole model once more, Aligner and all.
-        if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model=self.lavender.host)
-        if self.lavender.align is not None:
-            load_align(self.lavender, resume_from_checkpoint)
+        with naming(resume_from_checkpoint):
+            if self.is_fsdp_enabled:
+                return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model=self.lavender.host)
+            if self.lavender.align is not None:
+                load_align(self.lavender, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with naming(str(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with naming(str(checkpoint)):
+            super()._load_rng_state(checkpoint)

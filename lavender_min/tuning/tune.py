@@ -2,32 +2,82 @@
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import set_seed
 
 from lavender_min.data import Example
+from lavender_min.failing import one_line
 from lavender_min.maps import MapStore
-from lavender_min.tuning import runs
+from lavender_min.tuning import arguments, checkpoints, runs
 from lavender_min.tuning.arguments import Training
 from lavender_min.tuning.callbacks import StopOnSigterm, WordMapPictures
 from lavender_min.tuning.collator import Collator, MappedExamples
 from lavender_min.tuning.flags import Flags
+from lavender_min.tuning.parts import Parts
 from lavender_min.tuning.trainer import LavenderTrainer
 from lavender_min.tuning.vision_cache import cache_vision
 
 
-def run(flags: Flags, args: Training, examples: list[Example]) -> int:
-    """Trains, or goes on training; the exit code."""
-    store = None if flags.plain else MapStore(flags.maps)
-    dataset = MappedExamples(examples, store)
-    if dataset.missing:
-        print(f"{dataset.missing} of {len(examples)} examples have no maps and are left out", file=sys.stderr)
+class Datasets(NamedTuple):
+    train: MappedExamples
+    # None without a validation part.
+    held_out: MappedExamples | None
+
+
+def run(flags: Flags, args: Training, parts: Parts) -> int:
+    """Trains, goes on training, or finds nothing left to do; the exit code."""
+    arguments.one_gpu(args)
     out = Path(str(args.output_dir))
-    with args.main_process_first():
-        runs.remember(flags.of_model, out)
-    trainer = make_trainer(flags, args, dataset)
+    checkpoints.refuse_inputs(flags, out)
+    held_out = chosen(flags, parts.held_out, "validation examples") if parts.held_out else None
+    datasets = Datasets(chosen(flags, parts.train, "examples"), held_out)
+    steps = checkpoints.total_steps(args, len(datasets.train))
+    # One process writes, and one holds the lock.
+    with checkpoints.locked(out) if args.should_save else nullcontext():
+        with args.main_process_first():
+            runs.remember(flags.of_model, out, runs.decided(flags, args, *datasets))
+        if checkpoints.is_finished(out, steps):
+            return done(
+                args, f"{out} holds this run, finished with {checkpoints.step_of(out)} steps: nothing is left to do"
+            )
+        resume = checkpoints.given(args.resume_from_checkpoint) or checkpoints.last_checkpoint(out)
+        if resume and resume.step >= steps:
+            if args.should_save:
+                checkpoints.finish(resume, out, args.load_best_model_at_end)
+            return done(args, f"{resume.folder} is the end of this run: its adapter and {runs.ALIGN_FILE} are in {out}")
+        return train(flags, args, datasets, resume)
+
+
+def done(args: Training, line: str) -> int:
+    if args.process_index == 0:
+        print(line)
+    return 0
+
+
+def chosen(flags: Flags, examples: list[Example], what: str) -> MappedExamples:
+    """The examples that have maps. Plain tuning takes the same, if the store is there, to be compared like for like."""
+    there = Path(flags.maps).exists()
+    dataset = MappedExamples(examples, MapStore(flags.maps) if there else None, flags.plain)
+    if not there:
+        print(
+            f"no maps in {flags.maps}: --plain takes all {len(examples)} {what}, a run with maps may not",
+            file=sys.stderr,
+        )
+    if dataset.missing:
+        print(f"{dataset.missing} of {len(examples)} {what} have no maps and are left out", file=sys.stderr)
+    return dataset
+
+
+def train(flags: Flags, args: Training, datasets: Datasets, resume: checkpoints.Checkpoint | None) -> int:
+    """From the first step, or from a checkpoint, to a finished folder; the exit code."""
+    out = Path(str(args.output_dir))
+    dataset = datasets.train
+    trainer = make_trainer(flags, args, datasets)
     say = print if trainer.is_world_process_zero() else lambda text: None
 
     count = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in trainer.lavender.named_children()}
@@ -39,10 +89,12 @@ def run(flags: Flags, args: Training, examples: list[Example]) -> int:
         trainer.add_callback(WordMapPictures(trainer, flags.picture_steps))
     stop = StopOnSigterm(trainer)
     trainer.add_callback(stop)
-    resume = args.resume_from_checkpoint or runs.last_checkpoint(out)
     if resume:
-        say(f"going on from {resume}")
-    trainer.train(resume_from_checkpoint=resume)
+        say(f"going on from {resume.folder}")
+    with in_one_line():
+        trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
+    if broken := int(dataset.unreadable.sum()):
+        say(f"{broken} of {len(dataset)} pictures could not be read; the examples after them stood in")
     if stop.received:
         say(f"stopped by SIGTERM at step {trainer.state.global_step}, which is saved: run the same command to go on")
         return 128 + signal.SIGTERM
@@ -52,17 +104,33 @@ def run(flags: Flags, args: Training, examples: list[Example]) -> int:
     return 0
 
 
-def make_trainer(flags: Flags, args: Training, dataset: MappedExamples) -> LavenderTrainer:
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """What a DataLoader's worker raises holds its traceback, and its last line says it. A full GPU is no fault of ours."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"the GPU's memory is full ({one_line(error)[:80]} …): --plan says where it goes") from error
+    except (ValueError, OSError) as error:
+        if not str(error).startswith("Caught "):
+            raise
+        raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+
+
+def make_trainer(flags: Flags, args: Training, datasets: Datasets) -> LavenderTrainer:
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     set_seed(args.seed)
     # Weights that train themselves stay in float32 under mixed precision: half of it would round small steps away.
     model, processor = runs.build(flags.of_model, torch.float32 if flags.mode == "full" else half)
     model.host.config.use_cache = False
-    frame = "whole" if dataset.store is None else dataset.store.recipe["frame"]
+    model.label_smoothing = args.label_smoothing_factor
+    store = datasets.train.store
+    frame = "whole" if store is None or flags.plain else store.recipe["frame"]
     return LavenderTrainer(
         model=model,
         args=args,
-        train_dataset=dataset,
+        train_dataset=datasets.train,
+        eval_dataset=datasets.held_out,
         data_collator=Collator(processor, model.family, model.base.config, frame, flags.words, flags.attend),
         processing_class=processor,
         pretrain_aligner_steps=flags.pretrain_aligner_steps,

@@ -59,7 +59,7 @@ def cache_vision(trainer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     cache, told = VisionCache(folder), False
     for i in range(trainer.args.process_index, len(dataset), trainer.args.world_size):
-        picture = dataset.examples[i].image()
+        picture = dataset[i][0].image()
         if cache.path(picture).exists():
             continue
         inputs = collate.processor.image_processor(images=[[picture]], return_tensors="pt")

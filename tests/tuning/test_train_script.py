@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from lavender_min import cli
 from lavender_min.hosts.mllama import Mllama
-from lavender_min.tuning import arguments, runs
+from lavender_min.tuning import arguments, checkpoints, runs
 from lavender_min.tuning import command as tuning_command
 from lavender_min.tuning.flags import Flags, ModelFlags
 
@@ -75,7 +75,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(command, unbroken, vlm_folder, tmp
     flags = command(broken, "--save_steps", "2")
     process = subprocess.Popen([sys.executable, *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
-    while runs.last_checkpoint(broken) is None and time.time() < deadline and process.poll() is None:
+    while checkpoints.last_checkpoint(broken) is None and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -104,7 +104,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(command, unbroken, tmp_path)
     said, errors = process.communicate(timeout=120)
     assert process.returncode == 143, errors
     step = int(re.search(r"stopped by SIGTERM at step (\d+), which is saved: run the same command to go on", said)[1])
-    assert runs.last_checkpoint(tmp_path).endswith(f"checkpoint-{step}") and step < 8
+    assert checkpoints.last_checkpoint(tmp_path).step == step and step < 8
     assert "Traceback" not in errors and not (tmp_path / "trainer_state.json").exists()
     again = run_script(*flags)
     assert again.returncode == 0 and f"going on from {tmp_path}/checkpoint-{step}" in again.stdout, again.stderr
@@ -159,7 +159,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
             (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (tmp_path / "checkpoint-12").mkdir()
     (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_st')
-    assert runs.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert checkpoints.last_checkpoint(tmp_path) == (10, tmp_path / "checkpoint-10")
 
 
 def test_flags_are_remembered_with_the_run(tmp_path):

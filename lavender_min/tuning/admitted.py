@@ -1,0 +1,140 @@
+"""Which values of the Trainer's flags mean something here. The others are refused by name, before anything is loaded."""
+
+import importlib.util
+import math
+from typing import Any
+
+from lavender_min import cli
+
+# By the beginning of a flag's value: the module that transformers imports for it, and the package that brings it.
+PACKAGES = {
+    "report_to": {
+        "azure_ml": ("azureml", "azureml-core"),
+        "clearml": ("clearml", "clearml"),
+        "codecarbon": ("codecarbon", "codecarbon"),
+        "comet_ml": ("comet_ml", "comet-ml"),
+        "dagshub": ("dagshub", "dagshub"),
+        "dvclive": ("dvclive", "dvclive"),
+        "flyte": ("flytekit", "flytekit"),
+        "kubeflow": ("kubeflow", "kubeflow"),
+        "mlflow": ("mlflow", "mlflow"),
+        "neptune": ("neptune", "neptune"),
+        "swanlab": ("swanlab", "swanlab"),
+        "tensorboard": ("tensorboard", "tensorboard"),
+        "trackio": ("trackio", "trackio"),
+        "wandb": ("wandb", "wandb"),
+    },
+    "optim": {
+        "adalomo": ("lomo_optim", "lomo-optim"),
+        "adamw_anyprecision": ("torchdistx", "torchdistx"),
+        "adamw_torch_4bit": ("torchao", "torchao"),
+        "adamw_torch_8bit": ("torchao", "torchao"),
+        "adamw_torch_npu": ("torch_npu", "torch-npu"),
+        "adamw_torch_xla": ("torch_xla", "torch-xla"),
+        "apollo": ("apollo_torch", "apollo-torch"),
+        "galore": ("galore_torch", "galore-torch"),
+        "grokadamw": ("grokadamw", "grokadamw"),
+        "lomo": ("lomo_optim", "lomo-optim"),
+        "schedule_free": ("schedulefree", "schedulefree"),
+        "stable_adamw": ("optimi", "torch-optimi"),
+    },
+    "use_liger_kernel": {"True": ("liger_kernel", "liger-kernel")},
+    "deepspeed": {"": ("deepspeed", "deepspeed")},
+    "trackio_space_id": {"": ("trackio", "trackio")},
+}
+
+# Flags that nothing here reads, or that would break what we rely on, and why.
+WITHOUT_MEANING = {
+    "include_for_metrics": "there are no metrics beside the losses",
+    "batch_eval_metrics": "there are no metrics beside the losses",
+    "label_names": "the batches are this package's own",
+    "remove_unused_columns": "the examples have no columns",
+    "length_column_name": "the examples have no columns; lengths are those of the texts",
+    "do_predict": "evaluate.py does that",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint without it",
+    "torch_compile": "a compiled host no longer shows its attention",
+    "torch_compile_backend": "a compiled host no longer shows its attention",
+    "torch_compile_mode": "a compiled host no longer shows its attention",
+    "use_cache": "training reads no cache of keys and values",
+    "parallelism_config": "a process holds the whole sequence; several GPUs: see configs/",
+}
+# Losses that a checkpoint can be the best by.
+METRICS = ("loss", "loss_vlm", "loss_att")
+
+
+def check(args: Any, usual: dict[str, Any], on_gpu: bool, validates: bool) -> None:
+    """Raises ValueError for the first value that cannot work.
+
+    `usual` are the defaults of all flags; `on_gpu` says whether there is one, `validates` whether there is a validation part.
+    """
+    for name, why in WITHOUT_MEANING.items():
+        if getattr(args, name) != usual[name]:
+            raise ValueError(f"--{name} has no meaning here: {why}")
+    check_packages(args)
+    check_numbers(args)
+    if args.fp16 and not on_gpu:
+        raise ValueError("--fp16 needs a GPU; without one take --bf16 --use_cpu, or neither")
+    if args.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
+        raise ValueError(
+            "--train_sampling_strategy must be random, sequential or group_by_length; "
+            f"got {args.train_sampling_strategy}"
+        )
+    if args.metric_for_best_model and args.metric_for_best_model.removeprefix("eval_") not in METRICS:
+        raise ValueError(
+            f"--metric_for_best_model must be one of {', '.join(METRICS)}; got {args.metric_for_best_model}"
+        )
+    if not validates:
+        check_no_validation(args)
+
+
+def check_packages(args: Any) -> None:
+    for name, values in PACKAGES.items():
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            for begins, (module, package) in values.items():
+                if value and str(value).startswith(begins) and importlib.util.find_spec(module) is None:
+                    raise ValueError(f"--{name} {value} needs the package {package}: pip install {package}")
+
+
+def check_numbers(args: Any) -> None:
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(args, name) for name in names}
+
+    counts = (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "save_total_limit",
+    )
+    cli.at_least(
+        1, **given(*counts, "torch_empty_cache_steps", "eval_accumulation_steps", "dataloader_prefetch_factor")
+    )
+    cli.at_least(1, **given("ddp_bucket_cap_mb", "ddp_timeout"))
+    cli.at_least(0, **given("dataloader_num_workers", "seed", "data_seed"))
+    cli.between(0, math.inf, **given("learning_rate", "weight_decay", "warmup_steps", "adam_epsilon", "max_grad_norm"))
+    cli.between(0, math.inf, **given("neftune_noise_alpha", "eval_delay", "eval_steps", "logging_steps", "save_steps"))
+    cli.between(0, 1, **given("adam_beta1", "adam_beta2", "label_smoothing_factor"))
+    if not 0 < args.num_train_epochs < math.inf:
+        raise ValueError(f"--num_train_epochs must be a finite number above 0; got {args.num_train_epochs}")
+    if args.max_steps != -1:
+        cli.at_least(1, max_steps=args.max_steps)
+    if args.save_strategy == "steps" and not args.save_steps:
+        raise ValueError("--save_steps must be above 0; take --save_strategy no for no checkpoints")
+
+
+def check_no_validation(args: Any) -> None:
+    """What needs a validation part where there is none."""
+    wants = {
+        "eval_strategy": args.eval_strategy not in (None, "no"),
+        "eval_on_start": args.eval_on_start,
+        "do_eval": args.do_eval,
+        "load_best_model_at_end": args.load_best_model_at_end,
+        "metric_for_best_model": args.metric_for_best_model,
+        "save_strategy": args.save_strategy == "best",
+        "lr_scheduler_type": args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
+    }
+    for name, wanted in wants.items():
+        if wanted:
+            raise ValueError(
+                f"--{name} {getattr(args, name)} needs a validation part: give --eval_share 0.05 or --eval_split NAME"
+            )
