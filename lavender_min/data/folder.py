@@ -53,7 +53,7 @@ def load(root: Path, captions: str = "all") -> list[Example]:
         return examples
     if examples := _beside_pictures(root):
         return examples
-    lists = sorted(file for file in root.glob("*.json") if file.is_file())
+    lists = sorted(file for file in root.glob("*.json") if file.is_file() and _begins_a_list(file))
     if len(lists) > 1:
         raise ValueError(
             f"{root} holds {len(lists)} JSON files ({lists[0].name}, …): pass the right one as --data_root"
@@ -70,6 +70,11 @@ def load(root: Path, captions: str = "all") -> list[Example]:
 def _file(root: Path) -> Path | None:
     candidates = [root / name for name in FILES] if root.is_dir() else [root]
     return next((path for path in candidates if path.is_file()), None)
+
+
+def _begins_a_list(file: Path) -> bool:
+    """Whether a JSON file may hold conversations: many folders have one that says something else."""
+    return file.read_bytes()[:100].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 def _table(path: Path) -> Iterator[tuple[str, Any]]:

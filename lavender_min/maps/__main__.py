@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lavender_min import cli, data, draw
+from lavender_min.data import pictures
 from lavender_min.geometry import MAP_SIDE
 from lavender_min.maps.check import check
 from lavender_min.maps.store import MapStore, MapWriter
@@ -72,12 +73,12 @@ def show(folder: Path, n: int, out: Path | None, name: str | None, root: str | N
 
 
 def released_map(file: Path) -> Float[Tensor, "g g"]:
-    """One released map, 8-bit grey, as numbers from 0 to 1. Raises ValueError if it is of another size."""
-    with Image.open(file) as image:
+    """One released map, 8-bit grey, as numbers from 0 to 1. Raises BrokenPicture if it is none, or of another size."""
+    with pictures.opening(file), Image.open(file, formats=pictures.decoders()) as image:
         grey = np.asarray(image.convert("L"), np.float32) / 255
-    if grey.shape != (MAP_SIDE, MAP_SIDE):
-        raise ValueError(f"{grey.shape} cells instead of {MAP_SIDE} x {MAP_SIDE}")
-    return torch.from_numpy(grey)
+        if grey.shape != (MAP_SIDE, MAP_SIDE):
+            raise ValueError(f"{grey.shape} cells instead of {MAP_SIDE} x {MAP_SIDE}")
+        return torch.from_numpy(grey)
 
 
 def take_released(jpegs: Path, folder: Path, root: str | None, captions: str | None, frame: str) -> int:
