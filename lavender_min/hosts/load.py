@@ -5,6 +5,7 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from lavender_min import hub
@@ -36,8 +37,16 @@ def load(name: str, quantize: bool = False, dtype: torch.dtype = torch.float32) 
     """
     with naming(f"--vlm {name}"):
         host = read(name, quantize, dtype)
+        try_out(host)
         hook(host.model, host.family)
     return host
+
+
+def try_out(host: Host) -> None:
+    """Encodes one turn about a picture: a tokenizer or processor whose files do not go together shows itself here."""
+    said = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    text = host.processor.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True)
+    host.family.encode(host.processor, [text], [Image.new("RGB", (64, 48))])
 
 
 def read(name: str, quantize: bool, dtype: torch.dtype) -> Host:

@@ -1,5 +1,7 @@
 """Reading a host must not change it, and a map must mean the same ground as the picture it was read from."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -185,6 +187,14 @@ def test_a_family_without_a_host_is_named(tmp_path):
 def test_a_host_that_cannot_be_had_says_what_to_do():
     with pytest.raises(OSError, match="accept the licence.*--data toy"):
         load.load("meta-llama/Llama-3.2-11B-Vision-Instruct")
+
+
+def test_a_host_whose_files_do_not_go_together_is_named(vlm_folder, tmp_path):
+    """Without its config the tokenizer knows no first token, and the processor asks for it at the first text only."""
+    shutil.copytree(vlm_folder, tmp_path / "vlm")
+    (tmp_path / "vlm" / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=f"^--vlm {tmp_path / 'vlm'}: TypeError: "):
+        load.load(str(tmp_path / "vlm"))
 
 
 def test_the_processor_loads_by_name(vlm_folder):
