@@ -79,6 +79,8 @@ def check(args: Any, usual: dict[str, Any], on_gpu: bool, validates: bool) -> No
             "--train_sampling_strategy must be random, sequential or group_by_length; "
             f"got {args.train_sampling_strategy}"
         )
+    if args.optim_args and not all(part.count("=") == 1 for part in args.optim_args.split(",")):
+        raise ValueError(f"--optim_args must be name=value pairs, such as momentum=0.9; got {args.optim_args!r}")
     if args.metric_for_best_model and args.metric_for_best_model.removeprefix("eval_") not in METRICS:
         raise ValueError(
             f"--metric_for_best_model must be one of {', '.join(METRICS)}; got {args.metric_for_best_model}"
