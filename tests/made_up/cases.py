@@ -27,13 +27,13 @@ OUT = "out"
 PICTURES = ("1.png", "2.jpg", "3.webp", "4.bmp")
 
 EXTRACT = "--data folder --data_root jsonl --sd sd --recipe noise --timesteps 300 --batch_size 4 --maps out".split()
-TRAIN = (
-    "--data folder --data_root jsonl --vlm vlm --maps maps --match all --output_dir out --max_steps 1 --logging_steps 1 "
-    "--per_device_train_batch_size 4 --disable_tqdm true --save_only_model true".split()
+TUNE = (
+    "--data folder --data_root jsonl --vlm vlm --maps maps --match all --logging_steps 1 --per_device_train_batch_size 4 "
+    "--disable_tqdm true".split()
 )
-# As the run in the world, which has taken one step.
-GO_ON = ["run" if word == "out" else "2" if word == "1" and TRAIN[i - 1] == "--max_steps" else word
-         for i, word in enumerate(TRAIN) if word not in ("--save_only_model",) and TRAIN[i - 1] != "--save_only_model"]  # fmt: skip
+TRAIN = [*TUNE, *"--output_dir out --max_steps 1 --save_only_model true".split()]
+# The run in the world has taken one step.
+GO_ON = [*TUNE, *"--output_dir run --max_steps 2".split()]
 PICTURE = "--image jsonl/1.png --vlm vlm --question what --out out".split()
 TUNED = "--image jsonl/1.png --adapter run --question what --out out".split()
 CHECK = "check maps --data folder --data_root jsonl".split()
@@ -161,7 +161,8 @@ def of_run(world: Path, rng: random.Random) -> Case:
 
 def of_model(world: Path, rng: random.Random) -> Case:
     command, argv, model = rng.choice(
-        [("extract", EXTRACT, "sd")] * 2 + [("localise", LOCALISE, "sd"), ("evaluate", PICTURE, "vlm"), ("train", TRAIN, "vlm")]
+        [("extract", EXTRACT, "sd")] * 2
+        + [("localise", LOCALISE, "sd"), ("evaluate", PICTURE, "vlm"), ("train", TRAIN, "vlm")]
     )
     pattern, kinds = rng.choice(
         [("**/*.json", mutations.JSON)] * 2
@@ -203,7 +204,9 @@ def of_flags(world: Path, rng: random.Random) -> Case:
         return Case(command, [*argv, *more.split()], Change(f"{argv[:2]} with {more}"), refused=True)
     if deed == "ours":
         command, argv, flags = rng.choice([("extract", EXTRACT, ExtractionFlags), ("train", TRAIN, TuningFlags)])
-        typed = [field for field in fields(flags) if field.metadata.get("choices") or field.type not in (str, str | None)]
+        typed = [
+            field for field in fields(flags) if field.metadata.get("choices") or field.type not in (str, str | None)
+        ]
         typed = [field for field in typed if field.type is not bool]
         name, value = rng.choice(typed).name, rng.choice(NEVER)
         return Case(command, [*argv, f"--{name}={value}"], Change(f"--{name}={value}"), refused=True)
@@ -237,7 +240,9 @@ def of_flags(world: Path, rng: random.Random) -> Case:
     value = mutations.odd_value(name, rng)
     if not name.startswith("--"):
         spot = rng.randrange(len(argv))
-        return Case(command, [*argv[:spot], value, *argv[spot + 1 :]], Change(f"{value!r:.60} in place of {argv[spot]}"))
+        return Case(
+            command, [*argv[:spot], value, *argv[spot + 1 :]], Change(f"{value!r:.60} in place of {argv[spot]}")
+        )
     return Case(command, [*argv, f"{name}={value}"], Change(f"{name}={value!r:.60}"))
 
 
@@ -251,5 +256,3 @@ def draw(seed: int, number: int, pristine: Path, world: Path) -> Case:
     rng = random.Random(f"{seed}-{number}")
     shutil.copytree(pristine, world)
     return rng.choices(list(KINDS), list(KINDS.values()))[0](world, rng)
-
-

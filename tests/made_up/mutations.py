@@ -28,7 +28,22 @@ Mutation = Callable[[Path, random.Random], Change]
 
 # Values of every type JSON has, and numbers beyond what programs take.
 VALUES: list[Any] = [None, True, False, 0, -1, 3, 1.5, float("nan"), float("inf"), 10**30, -(10**30), 1e300]
-VALUES += ["", "x", "nan", "\ud83d", "a\0b", "\ufeff", "<|image|>", "x" * 3000, [], [[]], [None], {}, {"a": 1}, ["a", 1]]
+VALUES += [
+    "",
+    "x",
+    "nan",
+    "\ud83d",
+    "a\0b",
+    "\ufeff",
+    "<|image|>",
+    "x" * 3000,
+    [],
+    [[]],
+    [None],
+    {},
+    {"a": 1},
+    ["a", 1],
+]
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------
@@ -144,7 +159,10 @@ def encoding(file: Path, rng: random.Random) -> Change:
 
 
 def odd_characters(file: Path, rng: random.Random) -> Change:
-    text, odd = file.read_text(), rng.choice(["\0", "\ud83d", "\u2028", "\ufeff", "\r", '"', "|", "\t", "\x1b[2J", "\n"])
+    text, odd = (
+        file.read_text(),
+        rng.choice(["\0", "\ud83d", "\u2028", "\ufeff", "\r", '"', "|", "\t", "\x1b[2J", "\n"]),
+    )
     place = rng.randrange(len(text) + 1)
     file.write_bytes((text[:place] + odd + text[place:]).encode(errors="surrogatepass"))
     return Change(f"{odd!r} at {place}")
@@ -279,8 +297,41 @@ SAFETENSORS: list[Mutation] = [tensors, tensors, cut_picture, zero]
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 # Also names of the inputs: no output may replace them.
-ODD = ["", " ", "-1", "-5", "0", "nan", "inf", "1e400", "null", "None", "[]", "{}", "true", "no", "1,2", "é", "\ud83d", "a\nb"]
-ODD += ["--", "(", "x" * 5000, "/dev/null", "nowhere/at/all", "jsonl", "jsonl/1.png", "vlm", "sd", "maps", "run", "1.5", "9" * 30]
+ODD = [
+    "",
+    " ",
+    "-1",
+    "-5",
+    "0",
+    "nan",
+    "inf",
+    "1e400",
+    "null",
+    "None",
+    "[]",
+    "{}",
+    "true",
+    "no",
+    "1,2",
+    "é",
+    "\ud83d",
+    "a\nb",
+]
+ODD += [
+    "--",
+    "(",
+    "x" * 5000,
+    "/dev/null",
+    "nowhere/at/all",
+    "jsonl",
+    "jsonl/1.png",
+    "vlm",
+    "sd",
+    "maps",
+    "run",
+    "1.5",
+    "9" * 30,
+]
 # A large number means a long time, or many processes, and says so.
 LONG = ("steps", "epochs", "draws", "scenes", "seeds", "workers", "prefetch", "rank", "lora_r", "--n")
 
