@@ -62,7 +62,7 @@ def done(args: Training, line: str) -> int:
 
 def chosen(flags: Flags, examples: list[Example], what: str) -> MappedExamples:
     """The examples that have maps. Plain tuning takes the same, if the store is there, to be compared like for like."""
-    there = Path(flags.maps).exists()
+    there = not flags.plain or (Path(flags.maps) / "recipe.json").exists()
     dataset = MappedExamples(examples, MapStore(flags.maps) if there else None, flags.plain)
     if not there:
         print(
