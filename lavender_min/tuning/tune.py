@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 from transformers import set_seed
+from transformers.integrations.liger import apply_liger_kernel
 
 from lavender_min.data import Example
-from lavender_min.failing import one_line
+from lavender_min.failing import naming, one_line
 from lavender_min.maps import MapStore
 from lavender_min.tuning import arguments, checkpoints, runs
 from lavender_min.tuning.arguments import Training
@@ -61,7 +62,7 @@ def done(args: Training, line: str) -> int:
 
 def chosen(flags: Flags, examples: list[Example], what: str) -> MappedExamples:
     """The examples that have maps. Plain tuning takes the same, if the store is there, to be compared like for like."""
-    there = Path(flags.maps).exists()
+    there = not flags.plain or (Path(flags.maps) / "recipe.json").exists()
     dataset = MappedExamples(examples, MapStore(flags.maps) if there else None, flags.plain)
     if not there:
         print(
@@ -123,15 +124,19 @@ def make_trainer(flags: Flags, args: Training, datasets: Datasets) -> LavenderTr
     # Weights that train themselves stay in float32 under mixed precision: half of it would round small steps away.
     model, processor = runs.build(flags.of_model, torch.float32 if flags.mode == "full" else half)
     model.host.config.use_cache = False
+    if args.use_liger_kernel:
+        # The Trainer would look for a model of transformers, and find Lavender around it.
+        apply_liger_kernel(model.base, args.liger_kernel_config)
     model.label_smoothing = args.label_smoothing_factor
     store = datasets.train.store
     frame = "whole" if store is None or flags.plain else store.recipe["frame"]
-    return LavenderTrainer(
-        model=model,
-        args=args,
-        train_dataset=datasets.train,
-        eval_dataset=datasets.held_out,
-        data_collator=Collator(processor, model.family, model.base.config, frame, flags.words, flags.attend),
-        processing_class=processor,
-        pretrain_aligner_steps=flags.pretrain_aligner_steps,
-    )
+    with naming("--push_to_hub") if args.push_to_hub else nullcontext():
+        return LavenderTrainer(
+            model=model,
+            args=args,
+            train_dataset=datasets.train,
+            eval_dataset=datasets.held_out,
+            data_collator=Collator(processor, model.family, model.base.config, frame, flags.words, flags.attend),
+            processing_class=processor,
+            pretrain_aligner_steps=flags.pretrain_aligner_steps,
+        )

@@ -104,6 +104,16 @@ def test_at_least_passes_what_is_not_given():
         cli.at_least(2, limit=2, draws=1)
 
 
+@pytest.mark.parametrize("value", [-0.1, 1, float("nan"), float("inf")])
+def test_between_refuses_what_lies_outside_and_what_is_no_number(value):
+    cli.between(0, 1, dropout=None, beta=0, other=0.99)
+    with pytest.raises(ValueError, match=f"--dropout must be at least 0 and below 1; got {value}"):
+        cli.between(0, 1, dropout=value)
+    if value != 1:
+        with pytest.raises(ValueError, match=f"--rate must be a finite number of at least 0; got {value}"):
+            cli.between(0, float("inf"), rate=value)
+
+
 @pytest.mark.parametrize(
     ("stage", "arguments", "code"),
     [
