@@ -234,7 +234,7 @@ def fill(writer: MapWriter, sd: StableDiffusion, recipe: Recipe, batches: list[l
             whole, framed = [], []
             for example, picture in zip(batch, pictures, strict=True):
                 if isinstance(picture, Exception):
-                    tally.skipped[example.id] = f"{type(picture).__name__}: {one_line(picture)}"
+                    tally.skipped[example.id] = one_line(picture)
                 else:
                     whole.append(example)
                     framed.append(picture)

@@ -1,11 +1,12 @@
 """One run of train.py, from its flags to a finished folder."""
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import set_seed
@@ -15,7 +16,7 @@ from lavender_min.data import Example
 from lavender_min.failing import naming, one_line
 from lavender_min.maps import MapStore
 from lavender_min.tuning import arguments, checkpoints, runs
-from lavender_min.tuning.arguments import Training
+from lavender_min.tuning.arguments import NO_DIFFERENCE, Training
 from lavender_min.tuning.callbacks import StopOnSigterm, WordMapPictures
 from lavender_min.tuning.collator import Collator, MappedExamples
 from lavender_min.tuning.flags import Flags
@@ -41,7 +42,7 @@ def run(flags: Flags, args: Training, parts: Parts) -> int:
     # One process writes, and one holds the lock.
     with checkpoints.locked(out) if args.should_save else nullcontext():
         with args.main_process_first():
-            runs.remember(flags.of_model, out, runs.decided(flags, args, *datasets))
+            runs.remember(flags.of_model, out, decided(flags, args, *datasets))
         if checkpoints.is_finished(out, steps):
             return done(
                 args, f"{out} holds this run, finished with {checkpoints.step_of(out)} steps: nothing is left to do"
@@ -140,3 +141,20 @@ def make_trainer(flags: Flags, args: Training, datasets: Datasets) -> LavenderTr
             processing_class=processor,
             pretrain_aligner_steps=flags.pretrain_aligner_steps,
         )
+
+
+def decided(
+    flags: Flags, args: Training, dataset: MappedExamples, held_out: MappedExamples | None = None
+) -> dict[str, Any]:
+    """What decides a run's result beside `ModelFlags`: examples, maps and the Trainer's flags, each under the name to show."""
+    recipe = {} if dataset.store is None else dataset.store.recipe
+    found = {
+        "--data": flags.data,
+        "the examples": dataset.digest(),
+        "the validation examples": None if held_out is None else held_out.digest(),
+        "--pretrain_aligner_steps": flags.pretrain_aligner_steps,
+        **{f"the maps' {key}": value for key, value in recipe.items() if key != "made_with"},
+        **{f"--{name}": value for name, value in args.to_dict().items() if name not in NO_DIFFERENCE},
+    }
+    # As it will be read back.
+    return json.loads(json.dumps(found, default=str))
