@@ -29,6 +29,7 @@ TABLE = [
     ("lr_scheduler_kwargs", '{"num_cycles": 2}', WORKS, "--lr_scheduler_type", "cosine_with_restarts"),
     ("lr_scheduler_kwargs", '{"no": 2}', "--lr_scheduler_kwargs"),
     ("lr_scheduler_kwargs", "{", "--lr_scheduler_kwargs"),
+    ("lr_scheduler_type", "warmup_stable_decay", "--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs None: "),
     ("warmup_steps", "2", WORKS),
     ("warmup_steps", "-1", "--warmup_steps must be"),
     ("optim", "adafactor", WORKS),
