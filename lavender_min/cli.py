@@ -103,6 +103,9 @@ def run(prog: str, main: Callable[[], int | None]) -> int:
             raise
         print(f"{prog}: {one_line(error)}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print(f"{prog}: the memory of this machine is full", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{prog}: stopped; the same command goes on", file=sys.stderr)
         return 130

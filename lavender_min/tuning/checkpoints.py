@@ -110,8 +110,11 @@ def last_checkpoint(out: Path) -> Checkpoint | None:
 
 
 def given(folder: str | None) -> Checkpoint | None:
-    """The checkpoint of --resume_from_checkpoint."""
-    return Checkpoint(step_of(Path(folder)), Path(folder)) if folder else None
+    """The checkpoint of --resume_from_checkpoint. Raises ValueError or OSError, which name what of it cannot be read."""
+    if not folder:
+        return None
+    check(Path(folder))
+    return Checkpoint(step_of(Path(folder)), Path(folder))
 
 
 def check(folder: Path) -> None:

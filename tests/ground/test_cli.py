@@ -93,6 +93,8 @@ def test_run_gives_the_exit_code_and_one_line_for_what_the_user_can_mend(capsys)
     for error in (ValueError("two\n  lines"), FileNotFoundError("two lines")):
         assert cli.run("some.py", lambda error=error: fails(error)) == 2
         assert capsys.readouterr().err == "some.py: two lines\n"
+    assert cli.run("some.py", lambda: fails(MemoryError())) == 2
+    assert capsys.readouterr().err == "some.py: the memory of this machine is full\n"
     # Anything else is a mistake of ours.
     assert cli.run("some.py", lambda: fails(KeyError("x"))) == 1
     assert "this is a bug in lavender-min (KeyError: 'x')" in capsys.readouterr().err

@@ -183,6 +183,15 @@ def test_no_checkpoint_that_can_be_read_is_one_line(command, copy, capsys):
     )
 
 
+def test_a_checkpoint_asked_for_by_name_is_taken_whole_or_named(command, finished, copy, tmp_path, capsys):
+    before = copy / "checkpoint-2"
+    assert start(command(tmp_path / "new", "--resume_from_checkpoint", before)) == 0
+    assert f"going on from {before}" in capsys.readouterr().out and weights(tmp_path / "new") == weights(finished)
+    (before / "scheduler.pt").write_bytes(b"PK half")
+    assert start(command(tmp_path / "other", "--resume_from_checkpoint", before)) == 2
+    assert f"{before}/scheduler.pt" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------ nobody writes over anything
 
 
