@@ -14,7 +14,7 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from lavender_min.data import Example
 from lavender_min.failing import naming, one_line
-from lavender_min.maps import MapStore
+from lavender_min.maps import MapStore, find_stale
 from lavender_min.tuning import arguments, checkpoints, runs
 from lavender_min.tuning.arguments import NO_DIFFERENCE, Training
 from lavender_min.tuning.callbacks import StopOnSigterm, WordMapPictures
@@ -62,7 +62,10 @@ def done(args: Training, line: str) -> int:
 
 
 def chosen(flags: Flags, examples: list[Example], what: str) -> MappedExamples:
-    """The examples that have maps. Plain tuning takes the same, if the store is there, to be compared like for like."""
+    """The examples that have maps. Plain tuning takes the same, if the store is there, to be compared like for like.
+
+    Raises ValueError if a text or a picture has changed since its maps were made.
+    """
     there = not flags.plain or (Path(flags.maps) / "recipe.json").exists()
     dataset = MappedExamples(examples, MapStore(flags.maps) if there else None, flags.plain)
     if not there:
@@ -70,6 +73,13 @@ def chosen(flags: Flags, examples: list[Example], what: str) -> MappedExamples:
             f"no maps in {flags.maps}: --plain takes all {len(examples)} {what}, a run with maps may not",
             file=sys.stderr,
         )
+    if dataset.store is not None and not flags.plain:
+        stale = find_stale(dataset.examples, dataset.store.origins())
+        for id, changed in stale.items():
+            raise ValueError(
+                f"{len(stale)} of {len(dataset)} {what} have changed since their maps were made (the {changed} of {id}, for one): "
+                f"make those again by python extract.py --data {flags.data} --maps {flags.maps}, with the flags it had"
+            )
     if dataset.missing:
         print(f"{dataset.missing} of {len(examples)} {what} have no maps and are left out", file=sys.stderr)
     return dataset

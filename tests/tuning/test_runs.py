@@ -212,3 +212,23 @@ def test_no_output_replaces_an_input(vlm_folder, store_folder, tmp_path, capsys)
     assert "would write over --maps" in capsys.readouterr().err
     of_run = shutil.copytree(vlm_folder, tmp_path / "run" / "checkpoint-9")
     assert start(flags_of(str(of_run), store_folder, tmp_path / "run", "--full")) == 2
+
+
+def test_maps_of_another_picture_or_text_are_refused(tmp_path):
+    """The same file names and texts, another picture: training would take its maps for this one's."""
+    (tmp_path / "data.jsonl").write_text('{"id": "one", "image": "1.png", "text": "a red dog"}\n')
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "1.png")
+    [example] = data.load("folder", tmp_path)
+    words = find_words(example.fields)
+    with MapWriter(tmp_path / "maps", {"frame": "whole"}) as writer:
+        maps = torch.rand(len(words), MAP_SIDE, MAP_SIDE)
+        writer.add("one", "", "a red dog", words, maps, 0.5, data.picture_digest(example))
+    flags = Flags(data="folder", maps=str(tmp_path / "maps"))
+    assert len(tune.chosen(flags, [example], "examples")) == 1
+    Image.new("RGB", (40, 30), "blue").save(tmp_path / "1.png")
+    with pytest.raises(ValueError, match="1 of 1 examples have changed since their maps were made .the picture of one"):
+        tune.chosen(flags, [example], "examples")
+    with pytest.raises(ValueError, match=r"the text of one, for one.: make those again by python extract.py --data folder"):
+        tune.chosen(flags, [example._replace(answer="a red cat")], "examples")
+    # Plain tuning uses no maps.
+    assert len(tune.chosen(replace(flags, plain=True), [example], "examples")) == 1
