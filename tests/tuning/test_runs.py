@@ -6,12 +6,19 @@ import json
 import shutil
 
 import pytest
+import torch
+from PIL import Image
 from starting import digests, flags_of, start, steps, weights
 from transformers import TrainingArguments
 
+from lavender_min import data
+from lavender_min.geometry import MAP_SIDE
+from lavender_min.maps import MapWriter
 from lavender_min.toy import data as toy
-from lavender_min.tuning import arguments, checkpoints, runs
+from lavender_min.tuning import arguments, checkpoints, runs, tune
 from lavender_min.tuning.collator import MappedExamples
+from lavender_min.tuning.flags import Flags
+from lavender_min.words import find_words
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +235,9 @@ def test_maps_of_another_picture_or_text_are_refused(tmp_path):
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "1.png")
     with pytest.raises(ValueError, match="1 of 1 examples have changed since their maps were made .the picture of one"):
         tune.chosen(flags, [example], "examples")
-    with pytest.raises(ValueError, match=r"the text of one, for one.: make those again by python extract.py --data folder"):
+    with pytest.raises(
+        ValueError, match=r"the text of one, for one.: make those again by python extract.py --data folder"
+    ):
         tune.chosen(flags, [example._replace(answer="a red cat")], "examples")
     # Plain tuning uses no maps.
-    assert len(tune.chosen(replace(flags, plain=True), [example], "examples")) == 1
+    assert len(tune.chosen(dataclasses.replace(flags, plain=True), [example], "examples")) == 1
