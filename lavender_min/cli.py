@@ -55,7 +55,15 @@ class Parser(HfArgumentParser):
     """Says what is wrong in one line, instead of printing every flag before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        # A value may hold a line break.
+        self.exit(2, f"{self.prog}: {one_line(ValueError(message))} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # argparse takes the value of `--name=--` for the mark that ends the flags, and leaves an empty list.
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"argument {word[:-3]}: expected a value; got '--'")
+        return super().parse_known_args(args, namespace)
 
 
 def parse(flags: type[Flags], prog: str, about: str | None, argv: Sequence[str] | None = None) -> Flags:

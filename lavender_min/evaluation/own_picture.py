@@ -43,7 +43,7 @@ def describe(flags: Flags, image: Image.Image) -> None:
     reply = answer(loaded, image, flags.question)
     print(reply.text)
     if not reply.words:
-        raise ValueError(f"the answer, {reply.text!r}, has no words to draw")
+        raise ValueError(f"the answer of {flags.adapter or vlm}, {reply.text!r}, has no words to draw")
     draw_reply(flags.drawing, image, reply)
     print(f"{flags.drawing} shows where it looked for each word")
 

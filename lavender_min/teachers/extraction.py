@@ -90,7 +90,7 @@ def extract(flags: ExtractionFlags, examples: list[Example]) -> int:
     print((f"process {state.process_index}: " if state.num_processes > 1 else "") + tally.summary(writer.path))
     list_skipped(tally.skipped, writer.path / f"skipped-r{state.process_index:03d}.txt")
     if not writer.done:
-        raise ValueError("nothing is stored: see the list above")
+        raise ValueError(f"nothing is stored in {writer.path}: all pictures were skipped, see the list above")
     return 0
 
 

@@ -7,10 +7,10 @@ AutoModelForImageTextToText and AutoProcessor, and with whatever reads such fold
 the host has bytes: 20 GiB for Llama-3.2-11B-Vision; no GPU.
 """
 
-import argparse
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
@@ -20,6 +20,7 @@ from lavender_min import cli
 from lavender_min.failing import naming, read_json, shaped
 from lavender_min.tuning import runs
 
+PROG = "export"
 ADAPTER_FILE = "adapter_config.json"
 
 
@@ -58,16 +59,12 @@ def export(folder: Path, out: Path) -> None:
     print(f"{out} holds the merged model and its processor")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        "python -m lavender_min.tuning.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser(prog=PROG, description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("dir", type=Path, help="the --output_dir of a run of train.py, or a PEFT adapter")
     parser.add_argument("out", type=Path, help="a new folder")
-    args = parser.parse_args()
-    return cli.run("export", lambda: export(args.dir, args.out))
+    args = parser.parse_args(argv)
+    return cli.run(PROG, lambda: export(args.dir, args.out))
 
 
 if __name__ == "__main__":

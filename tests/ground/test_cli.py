@@ -67,6 +67,11 @@ def test_help_shows_the_description_as_it_is_and_each_default_once(capsys, monke
         (["--data", "toy", "--step", "1"], "there is no flag --step"),
         (["--data", "toy", "--steps", "-1"], "--steps must be a whole number of at least 0; got -1"),
         (["--data", "toy", "--sides"], "argument --sides: expected at least one argument"),
+        (["--data", "toy", "--steps", "1\n2"], r"argument --steps: invalid int value: '1\n2'"),
+        (["--data", "a\nb"], r"argument --data: invalid choice: 'a\nb'"),
+        # argparse would give an empty list.
+        (["--data=--"], "argument --data: expected a value; got '--'"),
+        (["--data", "toy", "--steps=--"], "argument --steps: expected a value; got '--'"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(capsys, argv, message):

@@ -376,7 +376,10 @@ def test_no_picture_at_all_is_an_error(world, tmp_path, capsys):
     assert main([*arguments, "--maps", str(tmp_path / "maps")]) == 2
     out, err = capsys.readouterr()
     assert re.search(r"^skipped gone\.png#1: .*gone\.png", out, re.MULTILINE)
-    assert err.splitlines()[-1] == "extract.py: nothing is stored: see the list above"
+    assert (
+        err.splitlines()[-1]
+        == f"extract.py: nothing is stored in {tmp_path / 'maps'}: all pictures were skipped, see the list above"
+    )
 
 
 @pytest.mark.slow

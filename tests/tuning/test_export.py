@@ -110,7 +110,7 @@ def test_a_plain_peft_adapter_will_do(tuned, vlm_folder):
     assert export.base_of(folder) == vlm_folder
 
 
-def test_one_line_says_what_is_wrong(tuned, tmp_path, monkeypatch, capsys):
+def test_one_line_says_what_is_wrong(tuned, tmp_path, capsys):
     folder, *_ = tuned("lora", plain=True)
     capsys.readouterr()
     (tmp_path / "full").mkdir()
@@ -119,7 +119,10 @@ def test_one_line_says_what_is_wrong(tuned, tmp_path, monkeypatch, capsys):
         ([tmp_path / "no", tmp_path / "out"], "holds no adapter_config.json: give the --output_dir"),
         ([folder, tmp_path / "full"], "is not empty: give a new folder"),
     ):
-        monkeypatch.setattr(sys, "argv", ["export", *map(str, argv)])
-        assert export.main() == 2
+        assert export.main([*map(str, argv)]) == 2
         err = capsys.readouterr().err.strip()
         assert message in err and "\n" not in err
+    with pytest.raises(SystemExit):
+        export.main([])
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("export: the following arguments are required: dir, out") and "\n" not in err
