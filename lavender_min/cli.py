@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, field
 from typing import Any, NoReturn, TypeVar
 
@@ -24,7 +24,9 @@ Flags = TypeVar("Flags")
 
 def flag(default: Any, help: str, choices: Iterable[Any] | None = None, **more: Any) -> Any:
     """A field of a flags dataclass. `more` goes to `ArgumentParser.add_argument` (metavar, nargs, aliases)."""
-    metadata = {"help": help, **({} if choices is None else {"choices": list(choices)}), **more}
+    # A registry stays itself, so that a row which is added later is a choice too.
+    found = choices if choices is None or isinstance(choices, Mapping) else list(choices)
+    metadata = {"help": help, **({} if found is None else {"choices": found}), **more}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -108,6 +110,9 @@ def run(prog: str, main: Callable[[], int | None]) -> int:
         if os.environ.get("LAVENDER_TRACEBACK") == "1":
             raise
         print(f"{prog}: {one_line(error)}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print(f"{prog}: the memory of this machine is full", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{prog}: stopped; the same command goes on", file=sys.stderr)

@@ -101,8 +101,11 @@ def take_released(jpegs: Path, folder: Path, root: str | None, captions: str | N
     # (Picture, word) ─► why it is not in the store.
     left: dict[tuple[str, str], str] = {}
     recipe = {"data": "flickr30k", "recipe": "released", "values": "8-bit grey / 255", "frame": frame}
-    with MapWriter(folder, recipe | {"map_side": MAP_SIDE}) as writer:
-        for picture, files in tqdm(found.items(), unit=" pictures"):
+    with (
+        MapWriter(folder, recipe | {"map_side": MAP_SIDE}) as writer,
+        tqdm(found.items(), unit=" pictures") as bar,
+    ):
+        for picture, files in bar:
             maps = {}
             for word, file in files.items():
                 left[picture, word] = "in no caption"

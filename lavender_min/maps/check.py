@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lavender_min import data
 from lavender_min.data import Example
-from lavender_min.maps.shard import Origin, Shard, StoredMaps, naming, read_ids
+from lavender_min.maps.shard import Origin, Shard, StoredMaps, naming, read_origins
 from lavender_min.maps.stale import find_stale
 from lavender_min.maps.store import read_recipe, shard_files
 
@@ -32,17 +32,18 @@ def check(
     shards = shard_files(folder)
     size = sum(shard.stat().st_size for shard in shards)
     faults: dict[str, list[str]] = defaultdict(list)
-    # Id ─► the shard it stands in, and what its row was made from.
+    # Id ─► the shard it stands in.
     home: dict[str, str] = {}
     origins: dict[str, Origin] = {}
     words = 0
     with tqdm(total=size, unit="B", unit_scale=True) as bar:
         for shard in shards:
             try:
+                origins = read_origins(shard) | origins
                 for id, stored in rows_of(shard):
                     if id in home:
                         faults["twice"].append(f"{id}: in {home[id]} and in {shard.name}")
-                    home[id], origins[id] = shard.name, stored.origin
+                    home[id] = shard.name
                     words += len(stored.words)
                     for kind, bad in wrong_words(stored).items():
                         faults[kind].append(f"{id}: {', '.join(bad)}")
@@ -71,14 +72,14 @@ def rows_of(shard: Path) -> Iterator[tuple[str, StoredMaps]]:
 
     Raises ValueError, naming the shard, where the two, or the ids in the footer, do not agree.
     """
-    ids, row = read_ids(shard), 0
+    row = 0
     with naming(shard), pa.OSFile(str(shard)) as source:
         as_stored, file = Shard(shard), pq.ParquetFile(source, page_checksum_verification=True)
         for batch in file.iter_batches(64, use_threads=False):
             for id, maps in zip(batch["id"].to_pylist(), batch["maps"], strict=True):
-                found, stored = as_stored[row]
+                stored = as_stored[row]
                 plain = maps.values.to_numpy().astype(np.float32)
-                if not id == found == ids[row] or not np.array_equal(
+                if not id == as_stored.ids[row] or not np.array_equal(
                     stored.maps.flatten().numpy(), plain, equal_nan=True
                 ):
                     raise ValueError(f"row {row}: its id, words and maps do not fit together")

@@ -71,12 +71,6 @@ class StoredMaps(NamedTuple):
     maps: Float[Tensor, "w g g"]
     # The share of attention that the start-of-text token took.
     sos: float
-    # As in Origin.
-    digest: str = ""
-
-    @property
-    def origin(self) -> Origin:
-        return Origin(self.question, self.answer, self.digest)
 
 
 def naming(shard: Path) -> contextlib.AbstractContextManager[None]:
@@ -85,49 +79,51 @@ def naming(shard: Path) -> contextlib.AbstractContextManager[None]:
 
 
 class Shard:
-    """One shard, held open: `shard[row]` reads one row, counted from 0 in the shard, and its id."""
+    """One shard, held open: `shard[row]` reads one row, counted from 0 in the shard, and `shard.ids[row]` is its id."""
 
     def __init__(self, path: Path):
         self._source = pa.OSFile(str(path))
         self._file = pq.ParquetFile(self._source, pre_buffer=False)
         footer = self._file.metadata
-        check_columns(footer)
+        self.ids = footer_ids(footer)
         self._column = next(i for i in range(footer.num_columns) if footer.schema.column(i).path.startswith("maps."))
         self._rows_per_group = footer.row_group(0).num_rows
         column = footer.row_group(0).column(self._column)
         if column.compression != "UNCOMPRESSED" or column.has_dictionary_page:
             raise ValueError("another program rewrote it, with compressed maps")
 
-    def __getitem__(self, row: int) -> tuple[str, StoredMaps]:
+    def __getitem__(self, row: int) -> StoredMaps:
         group, row = divmod(row, self._rows_per_group)
         first, column = (self._file.metadata.row_group(group).column(i) for i in (0, self._column))
         # Read the bytes of all the texts at once, and forget them: the column by column reading below then finds them in the
         # system's cache, so a cold file waits for the disk once and not once a column.
         self._source.read_at(column.data_page_offset - first.data_page_offset, first.data_page_offset)
-        names = [name for name in _SCHEMA.names if name != "maps"]
-        texts = self._file.read_row_group(group, names, use_threads=False)
+        texts = self._file.read_row_group(group, ["question", "answer", "words", "sos"], use_threads=False)
         words = texts["words"].chunk(0)
         # Where each row's words begin among the group's.
         bounds = words.offsets.to_numpy()
         start, stop, last = (int(bounds[i]) for i in (row, row + 1, -1))
         # An empty list counts as one value.
-        if column.num_values != (last - bounds[0]) * CELLS + (np.diff(bounds) == 0).sum():
-            raise ValueError(f"its rows have {column.num_values / CELLS:g} maps for {last - bounds[0]} words")
+        cells = column.num_values - int((np.diff(bounds) == 0).sum())
+        if cells != last * CELLS:
+            raise ValueError(f"its rows have {cells / CELLS:g} maps for {last} words")
         end = column.data_page_offset + column.total_compressed_size
         raw = self._source.read_at((stop - start) * MAP_BYTES, end - (last - start) * MAP_BYTES)
         maps = np.frombuffer(raw, np.float16).astype(np.float32).reshape(stop - start, MAP_SIDE, MAP_SIDE)
-        return texts["id"][row].as_py(), StoredMaps(
+        return StoredMaps(
             question=texts["question"][row].as_py(),
             answer=texts["answer"][row].as_py(),
             words=[Word(**word) for word in words[row].as_py()],
             maps=torch.from_numpy(maps),
             sos=texts["sos"][row].as_py(),
-            digest=texts["digest"][row].as_py() if "digest" in texts.column_names else "",
         )
 
 
-def check_columns(footer: pq.FileMetaData) -> None:
-    """Raises ValueError if a shard lacks a column, or one is of another type. Earlier versions kept no digest."""
+def footer_ids(footer: pq.FileMetaData) -> list[str]:
+    """The ids of a shard in row order. Raises ValueError if they, or a column, are not there or of another type.
+
+    Shards of earlier versions have no digest.
+    """
     there = footer.schema.to_arrow_schema()
     for field in _SCHEMA:
         if field.name not in there.names:
@@ -135,17 +131,16 @@ def check_columns(footer: pq.FileMetaData) -> None:
                 raise ValueError(f"it has no column {field.name!r}")
         elif there.field(field.name).type != field.type:
             raise ValueError(f"expected {field.name} as {field.type}; got {there.field(field.name).type}")
+    ids = json.loads((footer.metadata or {}).get(_IDS, b"[]"))
+    if not isinstance(ids, list) or len(ids) != footer.num_rows or not all(isinstance(id, str) for id in ids):
+        raise ValueError(f"its footer does not list the ids of its {footer.num_rows} rows")
+    return ids
 
 
 def read_ids(shard: Path) -> list[str]:
     """The ids of a shard, in row order, from its footer alone."""
     with naming(shard), pa.OSFile(str(shard)) as source:
-        footer = pq.read_metadata(source)
-        check_columns(footer)
-        ids = json.loads((footer.metadata or {}).get(_IDS, b"[]"))
-        if not isinstance(ids, list) or len(ids) != footer.num_rows or not all(isinstance(id, str) for id in ids):
-            raise ValueError(f"its footer does not list the ids of its {footer.num_rows} rows")
-        return ids
+        return footer_ids(pq.read_metadata(source))
 
 
 def read_origins(shard: Path) -> dict[str, Origin]:

@@ -31,7 +31,7 @@ from lavender_min.maps.shard import (
 )
 from lavender_min.words import Word
 
-# So many shards are kept open: each is a file handle and its footer, about 0.16 MB.
+# So many shards are kept open: each is a file handle, its footer and ids, about 0.2 MB.
 OPEN_SHARDS = 256
 
 # So many bytes of maps are held before they become a shard, however few rows they are: Parquet counts a shard's cells in 32 bits.
@@ -96,13 +96,15 @@ class MapStore:
             self._open[number] = shard
             if len(self._open) > OPEN_SHARDS:
                 del self._open[next(iter(self._open))]
-            found, stored = shard[self._row[id] - self._first[number]]
-            # NaN is not at least 0 either.
-            if found == id and not ((stored.maps >= 0) & (stored.maps < math.inf)).all():
-                raise ValueError(f"the maps of {id} are no probabilities, which are finite and at least 0")
-        if found != id:
-            raise ValueError(f"{self._shards[number]} was written anew while it was being read: start again")
-        return stored
+            row = self._row[id] - self._first[number]
+            if shard.ids[row : row + 1] == [id]:
+                stored = shard[row]
+                low, high = stored.maps.aminmax() if stored.words else (0, 0)
+                # NaN is neither.
+                if not (low >= 0 and high < math.inf):
+                    raise ValueError(f"the maps of {id} are no probabilities, which are finite and at least 0")
+                return stored
+        raise ValueError(f"{self._shards[number]} was written anew while it was being read: start again")
 
     def origins(self) -> dict[str, Origin]:
         """What each row was made from, by id."""

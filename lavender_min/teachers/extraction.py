@@ -234,7 +234,7 @@ def fill(writer: MapWriter, sd: StableDiffusion, recipe: Recipe, batches: list[l
             whole, framed = [], []
             for example, picture in zip(batch, pictures, strict=True):
                 if isinstance(picture, Exception):
-                    tally.skipped[example.id] = f"{type(picture).__name__}: {one_line(picture)}"
+                    tally.skipped[example.id] = one_line(picture)
                 else:
                     whole.append(example)
                     framed.append(picture)
@@ -259,8 +259,8 @@ def fill(writer: MapWriter, sd: StableDiffusion, recipe: Recipe, batches: list[l
 
 
 def tell(bar: tqdm, pictures: int, windows: int, of: int) -> None:
-    """Behind the bar, how far a batch is that has more windows than pictures: a long text alone may take minutes."""
-    if of > pictures:
+    """Behind the bar, how far a batch with a long text is, which alone may take minutes: one of many windows a picture."""
+    if of > 4 * pictures:
         bar.set_postfix_str(f"{windows:,} of {of:,} windows of these texts")
 
 

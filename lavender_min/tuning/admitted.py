@@ -1,10 +1,16 @@
 """Which values of the Trainer's flags mean something here. The others are refused by name, before anything is loaded."""
 
 import importlib.util
+import json
 import math
+import os
 from typing import Any
 
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
 from lavender_min import cli
+from lavender_min.failing import naming
 
 # By the beginning of a flag's value: the module that transformers imports for it, and the package that brings it.
 PACKAGES = {
@@ -51,6 +57,8 @@ WITHOUT_MEANING = {
     "remove_unused_columns": "the examples have no columns",
     "length_column_name": "the examples have no columns; lengths are those of the texts",
     "do_predict": "evaluate.py does that",
+    "fp16_full_eval": "validation happens while it trains, in the precision of the training",
+    "bf16_full_eval": "validation happens while it trains, in the precision of the training",
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint without it",
     "torch_compile": "a compiled host no longer shows its attention",
     "torch_compile_backend": "a compiled host no longer shows its attention",
@@ -60,6 +68,13 @@ WITHOUT_MEANING = {
 }
 # Losses that a checkpoint can be the best by.
 METRICS = ("loss", "loss_vlm", "loss_att")
+CHOICES = {
+    "optim": [name.value for name in OptimizerNames],
+    "report_to": ["none", "all", *PACKAGES["report_to"]],
+    "eval_strategy": ["no", "steps", "epoch"],
+    "train_sampling_strategy": ["random", "sequential", "group_by_length"],
+    "metric_for_best_model": [*METRICS, *(f"eval_{name}" for name in METRICS)],
+}
 
 
 def check(args: Any, usual: dict[str, Any], on_gpu: bool, validates: bool) -> None:
@@ -70,23 +85,27 @@ def check(args: Any, usual: dict[str, Any], on_gpu: bool, validates: bool) -> No
     for name, why in WITHOUT_MEANING.items():
         if getattr(args, name) != usual[name]:
             raise ValueError(f"--{name} has no meaning here: {why}")
+    for name, choices in CHOICES.items():
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value not in choices:
+                raise ValueError(f"--{name} must be one of {', '.join(choices)}; got {value}")
     check_packages(args)
     check_numbers(args)
+    check_texts(args)
     if args.fp16 and not on_gpu:
         raise ValueError("--fp16 needs a GPU; without one take --bf16 --use_cpu, or neither")
-    if args.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
-        raise ValueError(
-            "--train_sampling_strategy must be random, sequential or group_by_length; "
-            f"got {args.train_sampling_strategy}"
-        )
-    if args.optim_args and not all(part.count("=") == 1 for part in args.optim_args.split(",")):
-        raise ValueError(f"--optim_args must be name=value pairs, such as momentum=0.9; got {args.optim_args!r}")
-    if args.metric_for_best_model and args.metric_for_best_model.removeprefix("eval_") not in METRICS:
-        raise ValueError(
-            f"--metric_for_best_model must be one of {', '.join(METRICS)}; got {args.metric_for_best_model}"
-        )
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise ValueError("--dataloader_persistent_workers needs --dataloader_num_workers of at least 1")
     if not validates:
         check_no_validation(args)
+    # As accelerate launch and torchrun set it.
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        for name in ("fsdp", "fsdp_config", "ddp_backend"):
+            if value := getattr(args, name):
+                raise ValueError(
+                    f"--{name} {value} needs several processes: accelerate launch train.py … (see configs/)"
+                )
 
 
 def check_packages(args: Any) -> None:
@@ -122,6 +141,18 @@ def check_numbers(args: Any) -> None:
         cli.at_least(1, max_steps=args.max_steps)
     if args.save_strategy == "steps" and not args.save_steps:
         raise ValueError("--save_steps must be above 0; take --save_strategy no for no checkpoints")
+
+
+def check_texts(args: Any) -> None:
+    """Flags whose value is JSON, or a list of assignments."""
+    for name in TrainingArguments._VALID_DICT_FIELDS:
+        value = getattr(args, name)
+        if isinstance(value, str) and value.startswith("{"):
+            with naming(f"--{name} {value}"):
+                json.loads(value)
+    for part in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
+        if "=" not in part:
+            raise ValueError(f"--optim_args must be like momentum=0.9,nesterov=True; got {args.optim_args}")
 
 
 def check_no_validation(args: Any) -> None:

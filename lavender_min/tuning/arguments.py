@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from lavender_min import cli
+from lavender_min.failing import naming
 from lavender_min.tuning import admitted
 from lavender_min.tuning.flags import Flags
 
@@ -115,4 +116,5 @@ def settle(args: Training, flags: Flags) -> None:
     name = name if hasattr(args, name) else "gradient_checkpointing"
     if getattr(args, name) is None:
         setattr(args, name, on_gpu if given is None else given)
-    TrainingArguments.__post_init__(args)
+    with naming("the Trainer's flags"):
+        TrainingArguments.__post_init__(args)

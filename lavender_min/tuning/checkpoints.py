@@ -110,8 +110,11 @@ def last_checkpoint(out: Path) -> Checkpoint | None:
 
 
 def given(folder: str | None) -> Checkpoint | None:
-    """The checkpoint of --resume_from_checkpoint."""
-    return Checkpoint(step_of(Path(folder)), Path(folder)) if folder else None
+    """The checkpoint of --resume_from_checkpoint. Raises ValueError or OSError, which name what of it cannot be read."""
+    if not folder:
+        return None
+    check(Path(folder))
+    return Checkpoint(step_of(Path(folder)), Path(folder))
 
 
 def check(folder: Path) -> None:
@@ -140,7 +143,9 @@ def finish(checkpoint: Checkpoint, out: Path, take_best: bool) -> None:
     source = checkpoint.folder
     if take_best:
         state = read_json(source / STATE_FILE, dict)
-        source = Path(state.get("best_model_checkpoint") or source)
+        # The folder may have been moved since.
+        best = source.parent / Path(str(state.get("best_model_checkpoint"))).name
+        source = best if best.is_dir() else source
     files = [file for file in sorted(source.iterdir()) if file.is_file() and not file.name.startswith(TO_GO_ON)]
     for file in [*files, checkpoint.folder / STATE_FILE]:
         aside = out / f".tmp-{file.name}"

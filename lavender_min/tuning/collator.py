@@ -72,7 +72,7 @@ class MappedExamples(Dataset):
         try:
             with naming(self.examples[i].id):
                 return self.examples[i].image()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self.unreadable[i] = True
             print(f"broken picture, the next example stands in for it: {one_line(error)}", file=sys.stderr, flush=True)
             return None

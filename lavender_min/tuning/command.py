@@ -3,9 +3,10 @@
     python train.py --data toy --qlora                  the toy model, on any machine
     python train.py --qlora                             Llama-3.2-11B-Vision on Flickr30k, on one 24 GB GPU
 
-The maps must be there (python extract.py --data …). Every flag of transformers.TrainingArguments works as well. A run that
-was stopped goes on from its last checkpoint when it is started again; SIGTERM makes it save one first, and exit with status
-143, so that a scheduler knows the run is not over. Several GPUs: see configs/.
+The maps must be there (python extract.py --data …). The flags of transformers.TrainingArguments work as well, and the few that
+cannot are refused by name. --eval_share 0.05 holds out pictures and logs their losses. A run that was stopped goes on from its
+last checkpoint when it is started again; SIGTERM makes it save one first, and exit with status 143, so that a scheduler knows
+the run is not over. Several GPUs: see configs/.
 """
 
 import ast

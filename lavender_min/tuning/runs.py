@@ -22,9 +22,7 @@ from lavender_min.align.aligner import Align
 from lavender_min.failing import naming, read_json, shaped
 from lavender_min.hosts.base import Family
 from lavender_min.hosts.load import Host, load
-from lavender_min.tuning.arguments import NO_DIFFERENCE, Training
-from lavender_min.tuning.collator import MappedExamples
-from lavender_min.tuning.flags import Flags, ModelFlags
+from lavender_min.tuning.flags import ModelFlags
 from lavender_min.tuning.model import Lavender
 
 ALIGN_FILE = "lavender.safetensors"
@@ -100,25 +98,8 @@ def load_align(model: Lavender, folder: str | Path) -> None:
         model.align.load_state_dict(load_file(path))
 
 
-def decided(
-    flags: Flags, args: Training, dataset: MappedExamples, held_out: MappedExamples | None = None
-) -> dict[str, Any]:
-    """What decides a run's result beside `ModelFlags`: examples, maps and the Trainer's flags, each under the name to show."""
-    recipe = {} if dataset.store is None else dataset.store.recipe
-    found = {
-        "--data": flags.data,
-        "the examples": dataset.digest(),
-        "the validation examples": None if held_out is None else held_out.digest(),
-        "--pretrain_aligner_steps": flags.pretrain_aligner_steps,
-        **{f"the maps' {key}": value for key, value in recipe.items() if key != "made_with"},
-        **{f"--{name}": value for name, value in args.to_dict().items() if name not in NO_DIFFERENCE},
-    }
-    # As it will be read back.
-    return json.loads(json.dumps(found, default=str))
-
-
 def remember(flags: ModelFlags, folder: Path, decides: dict[str, Any] | None = None) -> None:
-    """Writes beside the weights what decided them (see `decided`); a folder that holds another run is refused.
+    """Writes beside the weights what decided them (see `tune.decided`); a folder that holds another run is refused.
 
     What an older version did not write down is not compared.
     """

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.training_args import OptimizerNames
 
 from lavender_min.failing import naming
 from lavender_min.tuning import sanity
@@ -141,7 +142,8 @@ class LavenderTrainer(Trainer):
     def create_optimizer(self, model=None):
         """Splits each of the Trainer's parameter groups in two, host and align, so their learning rates can differ."""
         fresh = self.optimizer is None
-        optimizer = super().create_optimizer(*([model] if model is not None else []))
+        with naming(f"--optim {OptimizerNames(self.args.optim).value} --optim_args {self.args.optim_args}"):
+            optimizer = super().create_optimizer(*([model] if model is not None else []))
         if fresh and self.pretrain_aligner_steps:
             host = {p for name, p in self.lavender.named_parameters() if name.startswith("host.")}
             groups = []
@@ -157,7 +159,11 @@ class LavenderTrainer(Trainer):
 
         Freezing by requires_grad would not do: the optimiser and DDP look at it once, at the start.
         """
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        given = (
+            f"--lr_scheduler_type {self.args.lr_scheduler_type} --lr_scheduler_kwargs {self.args.lr_scheduler_kwargs}"
+        )
+        with naming(given):
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
         n = self.pretrain_aligner_steps
         if n:
             if not hasattr(scheduler, "lr_lambdas"):

@@ -1,20 +1,22 @@
 """One run of train.py, from its flags to a finished folder."""
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import set_seed
+from transformers.integrations.liger import apply_liger_kernel
 
 from lavender_min.data import Example
-from lavender_min.failing import one_line
-from lavender_min.maps import MapStore
+from lavender_min.failing import naming, one_line
+from lavender_min.maps import MapStore, find_stale
 from lavender_min.tuning import arguments, checkpoints, runs
-from lavender_min.tuning.arguments import Training
+from lavender_min.tuning.arguments import NO_DIFFERENCE, Training
 from lavender_min.tuning.callbacks import StopOnSigterm, WordMapPictures
 from lavender_min.tuning.collator import Collator, MappedExamples
 from lavender_min.tuning.flags import Flags
@@ -40,7 +42,7 @@ def run(flags: Flags, args: Training, parts: Parts) -> int:
     # One process writes, and one holds the lock.
     with checkpoints.locked(out) if args.should_save else nullcontext():
         with args.main_process_first():
-            runs.remember(flags.of_model, out, runs.decided(flags, args, *datasets))
+            runs.remember(flags.of_model, out, decided(flags, args, *datasets))
         if checkpoints.is_finished(out, steps):
             return done(
                 args, f"{out} holds this run, finished with {checkpoints.step_of(out)} steps: nothing is left to do"
@@ -60,14 +62,24 @@ def done(args: Training, line: str) -> int:
 
 
 def chosen(flags: Flags, examples: list[Example], what: str) -> MappedExamples:
-    """The examples that have maps. Plain tuning takes the same, if the store is there, to be compared like for like."""
-    there = Path(flags.maps).exists()
+    """The examples that have maps. Plain tuning takes the same, if the store is there, to be compared like for like.
+
+    Raises ValueError if a text or a picture has changed since its maps were made.
+    """
+    there = not flags.plain or (Path(flags.maps) / "recipe.json").exists()
     dataset = MappedExamples(examples, MapStore(flags.maps) if there else None, flags.plain)
     if not there:
         print(
             f"no maps in {flags.maps}: --plain takes all {len(examples)} {what}, a run with maps may not",
             file=sys.stderr,
         )
+    if dataset.store is not None and not flags.plain:
+        stale = find_stale(dataset.examples, dataset.store.origins())
+        for id, changed in stale.items():
+            raise ValueError(
+                f"{len(stale)} of {len(dataset)} {what} have changed since their maps were made (the {changed} of {id}, for one): "
+                f"make those again by python extract.py --data {flags.data} --maps {flags.maps}, with the flags it had"
+            )
     if dataset.missing:
         print(f"{dataset.missing} of {len(examples)} {what} have no maps and are left out", file=sys.stderr)
     return dataset
@@ -123,15 +135,36 @@ def make_trainer(flags: Flags, args: Training, datasets: Datasets) -> LavenderTr
     # Weights that train themselves stay in float32 under mixed precision: half of it would round small steps away.
     model, processor = runs.build(flags.of_model, torch.float32 if flags.mode == "full" else half)
     model.host.config.use_cache = False
+    if args.use_liger_kernel:
+        # The Trainer would look for a model of transformers, and find Lavender around it.
+        apply_liger_kernel(model.base, args.liger_kernel_config)
     model.label_smoothing = args.label_smoothing_factor
     store = datasets.train.store
     frame = "whole" if store is None or flags.plain else store.recipe["frame"]
-    return LavenderTrainer(
-        model=model,
-        args=args,
-        train_dataset=datasets.train,
-        eval_dataset=datasets.held_out,
-        data_collator=Collator(processor, model.family, model.base.config, frame, flags.words, flags.attend),
-        processing_class=processor,
-        pretrain_aligner_steps=flags.pretrain_aligner_steps,
-    )
+    with naming("--push_to_hub") if args.push_to_hub else nullcontext():
+        return LavenderTrainer(
+            model=model,
+            args=args,
+            train_dataset=datasets.train,
+            eval_dataset=datasets.held_out,
+            data_collator=Collator(processor, model.family, model.base.config, frame, flags.words, flags.attend),
+            processing_class=processor,
+            pretrain_aligner_steps=flags.pretrain_aligner_steps,
+        )
+
+
+def decided(
+    flags: Flags, args: Training, dataset: MappedExamples, held_out: MappedExamples | None = None
+) -> dict[str, Any]:
+    """What decides a run's result beside `ModelFlags`: examples, maps and the Trainer's flags, each under the name to show."""
+    recipe = {} if dataset.store is None else dataset.store.recipe
+    found = {
+        "--data": flags.data,
+        "the examples": dataset.digest(),
+        "the validation examples": None if held_out is None else held_out.digest(),
+        "--pretrain_aligner_steps": flags.pretrain_aligner_steps,
+        **{f"the maps' {key}": value for key, value in recipe.items() if key != "made_with"},
+        **{f"--{name}": value for name, value in args.to_dict().items() if name not in NO_DIFFERENCE},
+    }
+    # As it will be read back.
+    return json.loads(json.dumps(found, default=str))

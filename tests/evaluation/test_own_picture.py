@@ -114,8 +114,21 @@ def test_one_line_about_a_bad_picture_or_adapter(mine, tmp_path, capsys):
         ),
         (["--image", mine, "--vlm", str(empty)], "Unrecognized model"),
         (["--question", "what is it"], "give --image too"),
+        # An empty name is no wish for the whole evaluation.
+        (["--image", ""], "--image needs the file of a picture"),
     ):
         assert command.main([*argv, "--out", str(tmp_path / "out")]) == 2, argv
         err = capsys.readouterr().err.strip().rsplit("\r", 1)[-1].split("it/s]")[-1].strip()
         assert message in err and "\n" not in err and err.startswith("evaluate.py: "), err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_drawing_does_not_replace_the_picture(tmp_path, capsys):
+    picture = tmp_path / "cat.png"
+    toy.load("heldout", 1)[0].image().save(picture)
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = picture.read_bytes()
+    for out in (tmp_path, tmp_path / "link"):
+        assert command.main(["--image", str(picture), "--vlm", VLM, "--out", str(out)]) == 2
+        assert f"--out {out} would write over --image {picture}" in capsys.readouterr().err
+    assert picture.read_bytes() == before

@@ -98,6 +98,8 @@ def test_run_gives_the_exit_code_and_one_line_for_what_the_user_can_mend(capsys)
     for error in (ValueError("two\n  lines"), FileNotFoundError("two lines")):
         assert cli.run("some.py", lambda error=error: fails(error)) == 2
         assert capsys.readouterr().err == "some.py: two lines\n"
+    assert cli.run("some.py", lambda: fails(MemoryError())) == 2
+    assert capsys.readouterr().err == "some.py: the memory of this machine is full\n"
     # Anything else is a mistake of ours.
     assert cli.run("some.py", lambda: fails(KeyError("x"))) == 1
     assert "this is a bug in lavender-min (KeyError: 'x')" in capsys.readouterr().err
@@ -107,6 +109,16 @@ def test_at_least_passes_what_is_not_given():
     cli.at_least(1, limit=None, steps=1)
     with pytest.raises(ValueError, match="--draws must be a whole number of at least 2; got 1"):
         cli.at_least(2, limit=2, draws=1)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, float("nan"), float("inf")])
+def test_between_refuses_what_lies_outside_and_what_is_no_number(value):
+    cli.between(0, 1, dropout=None, beta=0, other=0.99)
+    with pytest.raises(ValueError, match=f"--dropout must be at least 0 and below 1; got {value}"):
+        cli.between(0, 1, dropout=value)
+    if value != 1:
+        with pytest.raises(ValueError, match=f"--rate must be a finite number of at least 0; got {value}"):
+            cli.between(0, float("inf"), rate=value)
 
 
 @pytest.mark.parametrize(

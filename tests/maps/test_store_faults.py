@@ -19,24 +19,24 @@ import torch
 from conftest import ROOT, run_script
 from test_map_store import RECIPE, fill, row, same
 
-from lavender_min.maps import MapStore, MapWriter, store
+from lavender_min.maps import MapStore, MapWriter, shard, store
 from lavender_min.maps.__main__ import main
 
 
 @pytest.mark.parametrize("harm", ["cut", "empty", "rubbish", "foreign"])
 def test_a_broken_shard_is_named(tmp_path, harm):
     fill(tmp_path, range(8), shard_size=4)
-    shard = tmp_path / "maps-r000-00001.parquet"
-    whole = shard.read_bytes()
+    file = tmp_path / "maps-r000-00001.parquet"
+    whole = file.read_bytes()
     if harm == "foreign":
-        pq.write_table(pa.table({"id": ["a"]}), shard)
+        pq.write_table(pa.table({"id": ["a"]}), file)
     else:
-        shard.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "rubbish": b"x" * 5000}[harm])
+        file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "rubbish": b"x" * 5000}[harm])
     for opened in (lambda: MapStore(tmp_path), lambda: MapWriter(tmp_path, RECIPE)):
         with pytest.raises(ValueError, match="broken map shard .*maps-r000-00001.parquet.*delete that file") as error:
             opened()
         assert "\n" not in str(error.value)
-    shard.unlink()
+    file.unlink()
     # As the message says.
     fill(tmp_path, range(8), shard_size=4)
     same(MapStore(tmp_path), range(8))
@@ -44,24 +44,111 @@ def test_a_broken_shard_is_named(tmp_path, harm):
 
 def test_a_shard_that_breaks_while_it_is_read_is_named(tmp_path):
     fill(tmp_path, range(80), shard_size=40)
-    shard = tmp_path / "maps-r000-00001.parquet"
+    file = tmp_path / "maps-r000-00001.parquet"
     maps = MapStore(tmp_path)
     # Both files are open.
     same(maps, range(80))
-    whole = shard.read_bytes()
+    whole = file.read_bytes()
     # Between texts and maps of the second group; in the texts of the first.
     for size in (len(whole) // 2, 10):
-        shard.write_bytes(whole[:size])
+        file.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="broken map shard .*maps-r000-00001.parquet"):
             for i in range(40, 80):
                 maps[f"pic {i}.jpg#0"]
         assert maps["pic 3.jpg#0"].answer == row(3)[2]
     # All but our own way of writing.
     for options in ({}, {"compression": "none", "row_group_size": 32}):
-        shard.write_bytes(whole)
-        pq.write_table(pq.read_table(shard), shard, **options)
+        file.write_bytes(whole)
+        pq.write_table(pq.read_table(file), file, **options)
         with pytest.raises(ValueError, match="00001.parquet: another program rewrote it, with compressed maps"):
             MapStore(tmp_path)["pic 40.jpg#0"]
+
+
+def rewritten(path, change):
+    """The second shard with another table in it, written as ours are."""
+    file = path / "maps-r000-00001.parquet"
+    table = change(pq.ParquetFile(file).read())
+    shard._write(file, table, path / ".aside")
+    return file
+
+
+def with_maps(table, change, kind=None):
+    """The table with the maps of its third row changed, as a list of numbers."""
+    maps = table["maps"].to_pylist()
+    maps[2] = change(maps[2])
+    return table.set_column(table.column_names.index("maps"), "maps", pa.array(maps, pa.list_(kind or pa.float16())))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda table: table.drop_columns(["maps"]), "it has no column 'maps'"),
+        (lambda table: table.drop_columns(["words"]), "it has no column 'words'"),
+        (lambda table: with_maps(table, lambda maps: maps, pa.float32()), "expected maps as list<.*float>; got list<.*: float>"),
+        (lambda table: table.set_column(4, "sos", pa.array(["0"] * len(table))), "expected sos as float; got string"),
+    ],
+)  # fmt: skip
+def test_a_shard_of_other_columns_is_named_when_the_store_is_opened(tmp_path, change, message):
+    """A generator within reading would end there in silence: a DataLoader takes StopIteration for the end of the epoch."""
+    fill(tmp_path, range(8), shard_size=4)
+    file = rewritten(tmp_path, change)
+    for opened in (lambda: MapStore(tmp_path), lambda: MapWriter(tmp_path, RECIPE), lambda: shard.Shard(file)):
+        with pytest.raises(ValueError, match=message):
+            opened()
+    with pytest.raises(ValueError, match=f"broken map shard {file}: {message}; delete that file"):
+        MapStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda maps: maps + [0.5] * 1024, r"its rows have 12 maps for 11 words"),
+        (lambda maps: maps[1024:], r"its rows have 10 maps for 11 words"),
+        (
+            lambda maps: [-1.0, *maps[1:]],
+            "the maps of pic 6.jpg#0 are no probabilities, which are finite and at least 0",
+        ),
+        (lambda maps: [*maps[:-1], float("nan")], "the maps of pic 6.jpg#0 are no probabilities"),
+        (lambda maps: [*maps[:-1], float("inf")], "the maps of pic 6.jpg#0 are no probabilities"),
+    ],
+)
+def test_maps_that_cannot_be_are_named_when_they_are_read(tmp_path, change, message, capsys):
+    # Row 8 has no words.
+    fill(tmp_path, [0, 1, 2, 3, 4, 5, 6, 8], shard_size=4)
+    file = rewritten(tmp_path, lambda table: with_maps(table, change))
+    maps = MapStore(tmp_path)
+    with pytest.raises(ValueError, match=f"broken map shard {file}: {message}.*; delete that file"):
+        maps["pic 6.jpg#0"]
+    assert maps["pic 2.jpg#0"].answer == row(2)[2]
+    # The rows beside it are still what they were.
+    if "no probabilities" in message:
+        assert torch.equal(maps["pic 5.jpg#0"].maps, row(5)[4].half().float())
+    assert main(["check", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("5", r"recipe.json, the whole: input should be a .*dictionary; got 5"),
+        ("[]", r"recipe.json, the whole: input should be a .*dictionary; got \[\]"),
+        ("{}", r"recipe.json, frame: field required"),
+        ('{"frame": "round"}', r"recipe.json, frame: input should be 'whole' or 'crop'; got 'round'"),
+        ('{"frame": "crop", "made_with": 5}', r"recipe.json, made_with: input should be a .*dictionary; got 5"),
+        (
+            '{"frame": "crop", "made_with": {"batch_size": "8"}}',
+            r"recipe.json, made_with.batch_size: .* integer; got '8'",
+        ),
+        ("[" * 100_000, "recipe.json: "),
+        ("\udcff", "recipe.json: "),
+    ],
+)
+def test_a_recipe_file_that_cannot_be_is_named(tmp_path, text, message):
+    fill(tmp_path, range(2))
+    (tmp_path / "recipe.json").write_bytes(text.encode(errors="surrogateescape"))
+    for opened in (lambda: MapStore(tmp_path), lambda: MapWriter(tmp_path, RECIPE)):
+        with pytest.raises(ValueError, match=message) as error:
+            opened()
+        assert "\n" not in str(error.value)
 
 
 def test_another_recipe_is_refused_and_named(tmp_path):
@@ -134,7 +221,7 @@ def test_processes_of_several_ranks_write_at_once(tmp_path):
                 maps[id]
     assert [writer.exitcode for writer in writers] == [0, 0]
     same(MapStore(tmp_path), range(120))
-    assert sum(len(store.read_ids(shard)) for shard in store.shard_files(tmp_path)) == 120
+    assert sum(len(store.read_ids(file)) for file in store.shard_files(tmp_path)) == 120
 
 
 # ---- extract.py itself, on the toy data ------------------------------------------------------------------------------

@@ -249,4 +249,4 @@ def test_one_name_says_that_a_picture_is_broken(world, tmp_path, monkeypatch):
     monkeypatch.setattr("lavender_min.data.folder.open_image", odd)
     folder = folder_of(tmp_path, "A red dog", "A cat")
     assert main(of_folder(folder, world, tmp_path / "maps", "--recipe", "noise")) == 0
-    assert (tmp_path / "maps" / "skipped-r000.txt").read_text() == "p0\tOdd: what a decoder says\n"
+    assert (tmp_path / "maps" / "skipped-r000.txt").read_text() == "p0\twhat a decoder says\n"

@@ -1,12 +1,17 @@
 """`extract.py` on data that has changed since the store was made."""
 
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_extraction import as_one_of, assert_same, command, make_world, of_folder, rows
+from test_extraction import ROOT, as_one_of, assert_same, command, make_world, of_folder, rows
 
 from lavender_min.maps import MapStore
 from lavender_min.maps.__main__ import main as check
@@ -96,3 +101,49 @@ def test_each_process_makes_its_own_stale_rows_again(world, tmp_path, monkeypatc
     for rank in (1, 0, 2):
         assert as_one_of(monkeypatch, rank, 3, of_folder(other, world, tmp_path / "maps", *options)) == 0
     assert_same(rows(tmp_path / "maps"), rows(tmp_path / "wanted"))
+
+
+def newest(maps):
+    """The number of the shard that was written last."""
+    return max(int(file.stem.split("-")[-1]) for file in maps.glob("maps-*.parquet"))
+
+
+@pytest.mark.slow
+def test_sigkill_at_twenty_random_moments_while_rows_are_made_again(world, tmp_path):
+    other = shutil.copytree(world, tmp_path / "other", ignore=shutil.ignore_patterns("sd"))
+    # Not the missing one: a batch with one picture more rounds otherwise.
+    repaint(other, [i for i in range(40) if i % 8 and i not in (7, 30)])
+    options = ["--recipe", "noise", "--batch_size", "2", "--shard_size", "1"]
+    assert main(command(world, tmp_path / "maps", *options)) == 0
+    assert main(of_folder(other, world, tmp_path / "wanted", *options)) == 0
+    old, new = rows(tmp_path / "maps"), rows(tmp_path / "wanted")
+    kept = {id for id in old if torch.equal(old[id].maps, new[id].maps)}
+    assert kept == {f"p{i}" for i in range(0, 41, 8)}
+    arguments = [sys.executable, str(ROOT / "extract.py"), *of_folder(other, world, tmp_path / "maps", *options)]
+    draw, mixed, began = random.Random(0), 0, time.time()
+    for kill in range(20):
+        child = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        # Three in four while it works, the others while it starts.
+        if kill % 4:
+            assert any(line.startswith("expected time") for line in child.stdout)
+            # Some shards later, a shard being a row here.
+            shards, more = newest(tmp_path / "maps"), draw.randrange(3)
+            while newest(tmp_path / "maps") < shards + more:
+                assert child.poll() is None
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.03))
+        else:
+            time.sleep(draw.uniform(0, 3))
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        child.stdout.close()
+        found = rows(tmp_path / "maps")
+        assert kept <= found.keys() <= new.keys()
+        is_new = [torch.equal(row.maps, new[id].maps) for id, row in found.items()]
+        assert all(same or torch.equal(found[id].maps, old[id].maps) for id, same in zip(found, is_new, strict=True))
+        mixed += 0 < sum(is_new) - len(kept) < len(new) - len(kept)
+    print(f"{mixed} of 20 kills left old rows beside new ones, in {time.time() - began:.0f} s")
+    assert mixed >= 5
+    assert subprocess.run(arguments, cwd=ROOT, capture_output=True).returncode == 0
+    assert_same(rows(tmp_path / "maps"), new)
+    assert check(["check", str(tmp_path / "maps")]) == 0 and not list((tmp_path / "maps").glob(".tmp*"))

@@ -77,6 +77,36 @@ def test_a_picture_gone_bad_is_named_once_and_the_next_stands_in(command, tmp_pa
     ).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(2, "No such file", "pictures/{id}"),
+        Image.DecompressionBombError("too large to be meant"),
+        RuntimeError("Failed to decode frame"),
+        StopIteration(),
+    ],
+)
+def test_whatever_opening_a_picture_raises_it_is_a_broken_picture(capsys, error):
+    examples = toy.load("tune", 2)
+
+    def raises():
+        error.filename = str(error.filename).format(id=examples[0].id) if hasattr(error, "filename") else None
+        raise error
+
+    rows = MappedExamples([examples[0]._replace(image=raises), *examples[1:]], None)
+    assert rows[0][0].id == rows[0][0].id == examples[1].id
+    err = capsys.readouterr().err
+    assert examples[0].id in err and err.count("\n") == 1
+    # These say nothing about the picture.
+    for other in (MemoryError, KeyboardInterrupt):
+
+        def full(other=other):
+            raise other
+
+        with pytest.raises(other):
+            MappedExamples([examples[0]._replace(image=full)], None)[0]
+
+
 def test_no_picture_that_can_be_read_is_one_line(command, tmp_path, said, monkeypatch):
     examples = [example._replace(image=broken) for example in toy.load("tune", 2)]
     monkeypatch.setattr(data, "load", lambda *_: examples)

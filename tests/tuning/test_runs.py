@@ -6,12 +6,19 @@ import json
 import shutil
 
 import pytest
+import torch
+from PIL import Image
 from starting import digests, flags_of, start, steps, weights
 from transformers import TrainingArguments
 
+from lavender_min import data
+from lavender_min.geometry import MAP_SIDE
+from lavender_min.maps import MapWriter
 from lavender_min.toy import data as toy
-from lavender_min.tuning import arguments, checkpoints, runs
+from lavender_min.tuning import arguments, checkpoints, runs, tune
 from lavender_min.tuning.collator import MappedExamples
+from lavender_min.tuning.flags import Flags
+from lavender_min.words import find_words
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +190,15 @@ def test_no_checkpoint_that_can_be_read_is_one_line(command, copy, capsys):
     )
 
 
+def test_a_checkpoint_asked_for_by_name_is_taken_whole_or_named(command, finished, copy, tmp_path, capsys):
+    before = copy / "checkpoint-2"
+    assert start(command(tmp_path / "new", "--resume_from_checkpoint", before)) == 0
+    assert f"going on from {before}" in capsys.readouterr().out and weights(tmp_path / "new") == weights(finished)
+    (before / "scheduler.pt").write_bytes(b"PK half")
+    assert start(command(tmp_path / "other", "--resume_from_checkpoint", before)) == 2
+    assert f"{before}/scheduler.pt" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------ nobody writes over anything
 
 
@@ -203,3 +219,25 @@ def test_no_output_replaces_an_input(vlm_folder, store_folder, tmp_path, capsys)
     assert "would write over --maps" in capsys.readouterr().err
     of_run = shutil.copytree(vlm_folder, tmp_path / "run" / "checkpoint-9")
     assert start(flags_of(str(of_run), store_folder, tmp_path / "run", "--full")) == 2
+
+
+def test_maps_of_another_picture_or_text_are_refused(tmp_path):
+    """The same file names and texts, another picture: training would take its maps for this one's."""
+    (tmp_path / "data.jsonl").write_text('{"id": "one", "image": "1.png", "text": "a red dog"}\n')
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "1.png")
+    [example] = data.load("folder", tmp_path)
+    words = find_words(example.fields)
+    with MapWriter(tmp_path / "maps", {"frame": "whole"}) as writer:
+        maps = torch.rand(len(words), MAP_SIDE, MAP_SIDE)
+        writer.add("one", "", "a red dog", words, maps, 0.5, data.picture_digest(example))
+    flags = Flags(data="folder", maps=str(tmp_path / "maps"))
+    assert len(tune.chosen(flags, [example], "examples")) == 1
+    Image.new("RGB", (40, 30), "blue").save(tmp_path / "1.png")
+    with pytest.raises(ValueError, match="1 of 1 examples have changed since their maps were made .the picture of one"):
+        tune.chosen(flags, [example], "examples")
+    with pytest.raises(
+        ValueError, match=r"the text of one, for one.: make those again by python extract.py --data folder"
+    ):
+        tune.chosen(flags, [example._replace(answer="a red cat")], "examples")
+    # Plain tuning uses no maps.
+    assert len(tune.chosen(dataclasses.replace(flags, plain=True), [example], "examples")) == 1

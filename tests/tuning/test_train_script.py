@@ -123,7 +123,7 @@ def test_two_processes_of_fsdp_train_as_one_does(command, tmp_path):
     assert done.returncode == 0, done.stderr
     launch = [
         "-m", "accelerate.commands.launch", "--config_file", "configs/fsdp.yaml", "--num_processes", "2",
-        "--mixed_precision", "no", "--main_process_port", "0", "tests/fsdp_on_cpu.py", *command(two, *alike),
+        "--mixed_precision", "no", "--main_process_port", "0", "tests/tuning/fsdp_on_cpu.py", *command(two, *alike),
     ]  # fmt: skip
     done = run_script(*launch, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
