@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
-from lavender_min.data.pictures import BrokenPicture
+from lavender_min.data.pictures import BrokenPicture, Stored
 from lavender_min.data.pictures import open_image as open_image
 from lavender_min.data.texts import say
 
@@ -72,9 +72,6 @@ class Example(NamedTuple):
     regions: Callable[[int], list[Region]] | None = None
     # The file and the line or row it came from, for messages.
     where: str = ""
-    # Reads the bytes of the picture's file, without decoding them. None: `image` is partial(open_image, path), which says where
-    # they are, or the picture is drawn and has no file.
-    file_bytes: Callable[[], bytes] | None = None
 
     @property
     def fields(self) -> dict[str, str]:
@@ -214,8 +211,8 @@ def picture_digest(example: Example) -> str:
     Bytes are read ten times as fast as they are decoded, and they are the same on every machine, while decoders differ in the
     last digit. A picture without a file is known by its pixels. Raises OSError if the file cannot be read.
     """
-    if example.file_bytes is not None:
-        return sha256(example.file_bytes()).hexdigest()
+    if isinstance(example.image, Stored):
+        return sha256(example.image.bytes_of()).hexdigest()
     if isinstance(example.image, partial) and example.image.func is open_image:
         file = Path(example.image.args[0])
         # A pipe has no end to read to.

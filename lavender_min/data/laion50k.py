@@ -19,7 +19,6 @@ import html
 import tarfile
 from collections.abc import Callable
 from functools import partial
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,7 +27,7 @@ from PIL import Image
 from typing_extensions import TypedDict
 
 from lavender_min.data import CAPTION_PROMPT, Example, conversations, parquet
-from lavender_min.data.pictures import BrokenPicture, open_image, opening, picture_folder
+from lavender_min.data.pictures import BrokenPicture, Stored, open_image, picture_folder
 from lavender_min.data.texts import Text, keep, say
 from lavender_min.failing import naming, shaped
 
@@ -96,19 +95,20 @@ def _pictures(shard: Path) -> dict[str, Callable[[], Image.Image]]:
             for member in members:
                 name = PurePosixPath(member.name)
                 if name.suffix in PICTURES:
-                    found[name.stem] = partial(_open_part, tar, member.offset_data, member.size, member.name)
+                    found[name.stem] = Stored(
+                        partial(_part_bytes, tar, member.offset_data, member.size), f"{tar}, {member.name}"
+                    )
     except tarfile.ReadError:
         # The pictures beyond the cut are missing; each is skipped when it is opened, like any broken picture.
         pass
     return found
 
 
-def _open_part(tar: Path, offset: int, size: int, file: str) -> Image.Image:
-    name = f"{tar}, {file}"
+def _part_bytes(tar: Path, offset: int, size: int) -> bytes:
     # The tar is opened anew each time: an open file has one position, which threads would share.
-    with opening(name), open(tar, "rb") as bytes_:
-        bytes_.seek(offset)
-        return open_image(BytesIO(bytes_.read(size)), name)
+    with open(tar, "rb") as whole:
+        whole.seek(offset)
+        return whole.read(size)
 
 
 def _missing(shard: Path, key: str) -> Image.Image:

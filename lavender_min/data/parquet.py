@@ -8,14 +8,13 @@ memory: any row in any order, from any thread or process, and no more held than 
 import glob
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 from PIL import Image
 
-from lavender_min.data.pictures import open_image, opening
+from lavender_min.data.pictures import Stored
 from lavender_min.failing import naming
 
 
@@ -76,14 +75,13 @@ def read(
         all_values = only_texts.slice(0, rows).to_pylist()
     for row, values in enumerate(all_values):
         where = next(places)
-        yield Row(where, values, partial(open_cell, table, picture, row, where))
+        yield Row(where, values, Stored(partial(cell_bytes, table, picture, row), where))
 
 
-def open_cell(table: Any, column: str, row: int, name: str) -> Image.Image:
-    """The picture of a cell, {bytes, path} or a list of such, of which the first is taken; `name` is what an error calls it."""
-    with opening(name):
-        cell = table.column(column)[row].as_py()
-        for picture in cell if isinstance(cell, list) else [cell]:
-            if isinstance(picture, dict) and picture.get("bytes"):
-                return open_image(BytesIO(picture["bytes"]), name)
-        raise ValueError("holds no picture")
+def cell_bytes(table: Any, column: str, row: int) -> bytes:
+    """The picture file of a cell, {bytes, path} or a list of such, of which the first is taken."""
+    cell = table.column(column)[row].as_py()
+    for picture in cell if isinstance(cell, list) else [cell]:
+        if isinstance(picture, dict) and picture.get("bytes"):
+            return picture["bytes"]
+    raise ValueError("holds no picture")

@@ -8,7 +8,8 @@ start Ghostscript, which runs what the file says.
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -75,6 +76,22 @@ def open_image(file: str | Path | BytesIO, name: str = "") -> Image.Image:
                 raise ValueError("not an ordinary file")
         with Image.open(file, formats=decoders()) as image:
             return as_rgb(ImageOps.exif_transpose(image), name)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Opens a picture that lies inside another file, a tar or a table; `bytes_of` reads what lies there, without decoding it."""
+
+    read: Callable[[], bytes]
+    # What an error calls the picture.
+    name: str
+
+    def bytes_of(self) -> bytes:
+        with opening(self.name):
+            return self.read()
+
+    def __call__(self) -> Image.Image:
+        return open_image(BytesIO(self.bytes_of()), self.name)
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:

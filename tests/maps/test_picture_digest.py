@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from lavender_min.data import Example, open_image, picture_digest
+from lavender_min.data.pictures import Stored
 from lavender_min.toy import data as toy
 
 
@@ -16,7 +17,7 @@ def test_a_file_is_known_by_its_bytes_and_is_not_decoded(tmp_path):
     file.write_bytes(b"no picture at all")
     example = Example("0", partial(open_image, file), "", "a")
     assert picture_digest(example) == sha256(b"no picture at all").hexdigest()
-    assert picture_digest(example._replace(file_bytes=lambda: b"a row's")) == sha256(b"a row's").hexdigest()
+    assert picture_digest(example._replace(image=Stored(lambda: b"a row's", "a row"))) == sha256(b"a row's").hexdigest()
 
 
 def test_a_drawn_picture_is_known_by_its_pixels():
