@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -150,6 +151,10 @@ def check_texts(args: Any) -> None:
         if isinstance(value, str) and value.startswith("{"):
             with naming(f"--{name} {value}"):
                 json.loads(value)
+    config = args.accelerator_config
+    if isinstance(config, str) and not config.startswith("{"):
+        with naming(f"--accelerator_config {config}"):
+            json.loads(Path(config).read_text(encoding="utf-8"))
     for part in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
         if "=" not in part:
             raise ValueError(f"--optim_args must be like momentum=0.9,nesterov=True; got {args.optim_args}")

@@ -174,7 +174,7 @@ def judge(case: cases.Case, outcome: Outcome, usual: Outcome, before: dict[str, 
         assert len(lines[-1]) < 1500, f"a line of {len(lines[-1])} characters: {lines[-1]}"
         text = lines[-1].removeprefix(begins)
         given = [word for word in case.argv if len(word) > 1 and not word.startswith("--")]
-        named = re.search(r"--\w|/|\.\w{2,}|argument", text) or any(word in text for word in given)
+        named = re.search(r"--\w|/|\.\w{2,}|argument", text) or any(word[:50] in text for word in given)
         assert named, f"names no file and no flag: {lines[-1]}"
     else:
         assert not case.refused, f"accepted: {out[-500:]} {err[-500:]}"

@@ -142,6 +142,7 @@ TABLE = [
     ("data_seed", "7", WORKS),
     ("use_cpu", "true", WORKS),
     ("accelerator_config", '{"even_batches": false}', WORKS),
+    ("accelerator_config", "nowhere.json", "--accelerator_config nowhere.json: "),
     ("accelerator_config", '{"no": 1}', "AcceleratorConfig.__init__() got an unexpected"),
     ("parallelism_config", "x", "--parallelism_config"),
     ("dataloader_drop_last", "true", WORKS),
