@@ -9,11 +9,10 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-Shape = TypeVar("Shape")
 LONGEST = 600
 
 
@@ -47,14 +46,13 @@ def _adapter(shape: Any) -> TypeAdapter:
     return TypeAdapter(shape)
 
 
-def shaped(value: Any, shape: type[Shape], where: str | Path) -> Shape:
-    """`value`, which came from outside, as `shape`: a dataclass, NamedTuple, TypedDict or built-in type.
+def shaped(value: Any, shape: Any, where: str | Path) -> Any:
+    """`value`, which came from outside, as `shape`: a NamedTuple, a TypedDict, or a type such as dict[str, int].
 
     Nothing is converted in silence: a number is no text. Raises ValueError with the field, what was expected and what came.
     """
     try:
-        adapter: Any = _adapter(shape)  # type: ignore[arg-type]
-        return adapter.validate_python(value, strict=True)
+        return _adapter(shape).validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         # Where a field may be one of several shapes, pydantic names them among the fields, as code.
@@ -64,7 +62,7 @@ def shaped(value: Any, shape: type[Shape], where: str | Path) -> Shape:
         raise ValueError(f"{where}, {field}: {first['msg'][0].lower()}{first['msg'][1:]}; got {came}") from None
 
 
-def read_json(file: Path, shape: type[Shape], advice: str = "") -> Shape:
+def read_json(file: Path, shape: Any, advice: str = "") -> Any:
     """A JSON file as `shape`."""
     with naming(file, advice):
         return shaped(json.loads(file.read_text(encoding="utf-8-sig")), shape, file)

@@ -90,6 +90,10 @@ def windows(tokenizer: Any, prompt: str, spans: Sequence[tuple[int, int]]) -> li
     encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, tokens_of = encoded["input_ids"], token_spans(spans, encoded["offset_mapping"])
     inside = {token for tokens in tokens_of for token in tokens[1:]}  # no cut just before one of these
+    words_of: dict[int, list[int]] = {}
+    for i, tokens in enumerate(tokens_of):
+        for token in tokens:
+            words_of.setdefault(token, []).append(i)
     found: list[Window] = []
     room, start = tokenizer.model_max_length - 2, 0
     while start < len(ids) or not found:
@@ -98,7 +102,11 @@ def windows(tokenizer: Any, prompt: str, spans: Sequence[tuple[int, int]]) -> li
             stop = next((cut for cut in range(stop, start, -1) if cut not in inside), stop)
         padded = [tokenizer.bos_token_id, *ids[start:stop], tokenizer.eos_token_id]
         padded += [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(padded))
-        here = {i: [t - start + 1 for t in tokens if start <= t < stop] for i, tokens in enumerate(tokens_of)}
-        found.append(Window(padded, {i: positions for i, positions in here.items() if positions}))
+        here: dict[int, list[int]] = {}
+        for token in range(start, stop):
+            for i in words_of.get(token, ()):
+                # SOS comes first.
+                here.setdefault(i, []).append(token - start + 1)
+        found.append(Window(padded, here))
         start = stop
     return found
