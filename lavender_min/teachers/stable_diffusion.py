@@ -82,6 +82,8 @@ def load(name: str, device: torch.device | str = "cpu", dtype: str | None = None
     try:
         hub.ask(name, weights)
         sd = _load_parts(name, cached, getattr(torch, DTYPES[dtype or ("fp16" if on_gpu else "fp32")]))
+        longest = sd.text_encoder.config.max_position_embeddings
+        sd.tokenizer.model_max_length = min(sd.tokenizer.model_max_length, longest)
     except MemoryError:
         raise
     except Exception as error:
@@ -95,7 +97,6 @@ def load(name: str, device: torch.device | str = "cpu", dtype: str | None = None
             " if it has one (then `hf auth login`), and run this once where there is network. "
             "Or, without any download: python extract.py --data toy"
         ) from error
-    sd.tokenizer.model_max_length = min(sd.tokenizer.model_max_length, sd.text_encoder.config.max_position_embeddings)
     for part in (sd.text_encoder, sd.vae, sd.unet):
         part.to(device).eval().requires_grad_(False)
     # The layout in which convolutions are fastest.

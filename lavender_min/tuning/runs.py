@@ -95,7 +95,11 @@ def load_align(model: Lavender, folder: str | Path) -> None:
         raise FileNotFoundError(f"{path} is missing: was this checkpoint made without alignment (--plain)?")
     assert model.align is not None
     with naming(path):
-        model.align.load_state_dict(load_file(path))
+        held = load_file(path)
+        model.align.load_state_dict(held)
+        for name, tensor in held.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds what is no finite number; {ADVICE}")
 
 
 def remember(flags: ModelFlags, folder: Path, decides: dict[str, Any] | None = None) -> None:

@@ -29,21 +29,9 @@ Mutation = Callable[[Path, random.Random], Change]
 # Values of every type JSON has, and numbers beyond what programs take.
 VALUES: list[Any] = [None, True, False, 0, -1, 3, 1.5, float("nan"), float("inf"), 10**30, -(10**30), 1e300]
 VALUES += [
-    "",
-    "x",
-    "nan",
-    "\ud83d",
-    "a\0b",
-    "\ufeff",
-    "<|image|>",
-    "x" * 3000,
-    [],
-    [[]],
-    [None],
-    {},
-    {"a": 1},
+    "", "x", "nan", "\ud83d", "a\0b", "\ufeff", "<|image|>", "x" * 3000, [], [[]], [None], {}, {"a": 1},
     ["a", 1],
-]
+]  # fmt: skip
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------
@@ -298,40 +286,13 @@ SAFETENSORS: list[Mutation] = [tensors, tensors, cut_picture, zero]
 
 # Also names of the inputs: no output may replace them.
 ODD = [
-    "",
-    " ",
-    "-1",
-    "-5",
-    "0",
-    "nan",
-    "inf",
-    "1e400",
-    "null",
-    "None",
-    "[]",
-    "{}",
-    "true",
-    "no",
-    "1,2",
-    "é",
-    "\ud83d",
-    "a\nb",
-]
+    "", " ", "-1", "-5", "0", "nan", "inf", "1e400", "null", "None", "[]", "{}", "true", "no", "1,2", "é",
+    "\ud83d", "a\nb",
+]  # fmt: skip
 ODD += [
-    "--",
-    "(",
-    "x" * 5000,
-    "/dev/null",
-    "nowhere/at/all",
-    "jsonl",
-    "jsonl/1.png",
-    "vlm",
-    "sd",
-    "maps",
-    "run",
-    "1.5",
-    "9" * 30,
-]
+    "--", "(", "x" * 5000, "/dev/null", "nowhere/at/all", "jsonl", "jsonl/1.png", "vlm", "sd", "maps", "run",
+    "1.5", "9" * 30,
+]  # fmt: skip
 # A large number means a long time, or many processes, and says so.
 LONG = ("steps", "epochs", "draws", "scenes", "seeds", "workers", "prefetch", "rank", "lora_r", "--n")
 

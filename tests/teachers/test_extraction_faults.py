@@ -116,6 +116,7 @@ HARMS = {
     **{f"shapes {part[:4]}": (part, other_shapes) for part in (TEXTS, UNET, VAE)},
     **{f"missing {part[:4]}": (part, some_missing) for part in (TEXTS, UNET, VAE)},
     "tokens": ("tokenizer/tokenizer.json", cut),
+    "window": ("tokenizer/tokenizer_config.json", lambda file: set_config(file, model_max_length=[20])),
     "not JSON": ("unet/config.json", cut),
     "a list": ("vae/config.json", lambda file: file.write_text("[]")),
     "nested": ("unet/config.json", lambda file: file.write_text("[" * 100_000)),

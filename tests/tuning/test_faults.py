@@ -331,6 +331,19 @@ def test_an_adapters_config_that_is_none_is_named(tmp_path, held):
         export.base_of(tmp_path)
 
 
+def test_an_aligner_of_nans_is_named(tmp_path, vlm_folder):
+    from safetensors.torch import save_file
+
+    flags = ModelFlags(vlm_folder)
+    model, _ = runs.build(flags)
+    model.host.save_pretrained(tmp_path)
+    held = dict(model.align.state_dict())
+    name = next(name for name, tensor in held.items() if tensor.is_floating_point())
+    save_file(held | {name: held[name] * float("nan")}, tmp_path / "lavender.safetensors")
+    with pytest.raises(ValueError, match=f"lavender.safetensors: {name} holds what is no finite number"):
+        runs.build(flags, trained=tmp_path)
+
+
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "lavender.safetensors"])
 def test_a_cut_file_of_a_finished_run_is_named(command, tmp_path, file, vlm_folder):
     from safetensors.torch import save_file
