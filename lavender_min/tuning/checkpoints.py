@@ -6,7 +6,6 @@ trainer_state.json. The folder itself gets a trainer_state.json when the run is 
 
 import contextlib
 import fcntl
-import json
 import math
 import os
 import shutil
@@ -14,9 +13,10 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired
 
 from safetensors import safe_open
+from typing_extensions import TypedDict
 
 from lavender_min.failing import naming, one_line, read_json
 from lavender_min.tuning.flags import Flags
@@ -55,6 +55,19 @@ def refuse_inputs(flags: Flags, out: Path) -> None:
         checkpoint = path.parent == out.resolve() and path.name.startswith("checkpoint-")
         if given and (path == out.resolve() or checkpoint):
             raise ValueError(f"--output_dir {out} would write over {name} {given}: take another --output_dir")
+
+
+class Callbacks(TypedDict):
+    """What the Trainer asks for by name when it goes on."""
+
+    TrainerControl: dict[str, Any]
+
+
+class State(TypedDict):
+    """What must stand in a trainer_state.json; more may."""
+
+    global_step: int
+    stateful_callbacks: NotRequired[Callbacks]
 
 
 @contextlib.contextmanager
@@ -131,7 +144,7 @@ def check(folder: Path) -> None:
                     if bad := archive.testzip():
                         raise ValueError(f"{bad} in it has changed")
             elif file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
+                read_json(file, State if file.name == STATE_FILE else Any)
 
 
 def finish(checkpoint: Checkpoint, out: Path, take_best: bool) -> None:

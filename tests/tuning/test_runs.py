@@ -241,3 +241,13 @@ def test_maps_of_another_picture_or_text_are_refused(tmp_path):
         tune.chosen(flags, [example._replace(answer="a red cat")], "examples")
     # Plain tuning uses no maps.
     assert len(tune.chosen(dataclasses.replace(flags, plain=True), [example], "examples")) == 1
+
+
+def test_a_checkpoint_whose_state_lacks_what_the_trainer_asks_for_is_passed_over(tmp_path, capsys):
+    for step, callbacks in ((1, {"TrainerControl": {}}), (2, {})):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "stateful_callbacks": callbacks}))
+    assert checkpoints.last_checkpoint(tmp_path).step == 1
+    said = capsys.readouterr().err
+    assert "checkpoint-2 is passed over" in said and "stateful_callbacks.TrainerControl: field required" in said
