@@ -118,6 +118,8 @@ def test_what_a_worker_raises_is_one_line(command, tmp_path, said, monkeypatch):
     examples = toy.load("tune", 8)
     # Beyond what is tried before the first step.
     monkeypatch.setattr(data, "load", lambda *_: [*examples[:15], examples[15]._replace(answer="other")])
+    # As if the text had changed after the start.
+    monkeypatch.setattr(tune, "find_stale", lambda *_: {})
     assert start(command(tmp_path, "--dataloader_num_workers", "1", "--limit", "16")) == 2
     assert said().startswith(f"train.py: the maps of {examples[15].id} were made for")
 
