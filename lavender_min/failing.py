@@ -7,11 +7,10 @@ OSError with such a line. Everything else is a fault of ours, and `cli.run` says
 import contextlib
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
 
 LONGEST = 600
 
@@ -20,6 +19,11 @@ def one_line(error: BaseException) -> str:
     """What an error says, in one line of bounded length; its kind where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def say(line: str) -> None:
+    # A file's name may hold line breaks, and bytes that are no UTF-8.
+    print(" ".join(line.splitlines()).encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -42,7 +46,9 @@ def naming(what: str | Path, advice: str = "") -> Iterator[None]:
 
 
 @functools.cache
-def _adapter(shape: Any) -> TypeAdapter:
+def _adapter(shape: Any) -> Any:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(shape)
 
 
@@ -51,6 +57,9 @@ def shaped(value: Any, shape: Any, where: str | Path) -> Any:
 
     Nothing is converted in silence: a number is no text. Raises ValueError with the field, what was expected and what came.
     """
+    # Here and above, because kernels, hosts and the step are measured on machines that lack it, and read nothing by shape.
+    from pydantic import ValidationError
+
     try:
         return _adapter(shape).validate_python(value, strict=True)
     except ValidationError as error:

@@ -28,7 +28,7 @@ from PIL import Image
 
 from lavender_min.data.pictures import BrokenPicture, Stored
 from lavender_min.data.pictures import open_image as open_image
-from lavender_min.data.texts import say
+from lavender_min.failing import say
 
 # The question that a VLM gets when the text is a bare caption.
 CAPTION_PROMPT = "Describe the image in a single sentence as a caption."

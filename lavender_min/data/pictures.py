@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lavender_min.data.texts import say
-from lavender_min.failing import one_line
+from lavender_min.failing import one_line, say
 
 FORMATS = (
     *("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "QOI", "DDS"),

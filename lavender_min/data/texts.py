@@ -8,22 +8,16 @@ rows are all wrong, is a ValueError.
 import gzip
 import io
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator
 
-from lavender_min.failing import naming
+from lavender_min.failing import naming, say
 
 Raw = TypeVar("Raw")
 Made = TypeVar("Made")
-
-
-def say(line: str) -> None:
-    # A file's name may hold line breaks, and bytes that are no UTF-8.
-    print(" ".join(line.splitlines()).encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def encodable(text: str) -> str:

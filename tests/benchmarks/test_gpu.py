@@ -94,7 +94,7 @@ def test_parts_a_to_d_need_neither_pyarrow_nor_datasets_nor_pytest():
     code = f"""
 import sys
 sys.path[:0] = [{str(GPU.parent)!r}, {str(GPU.parents[1])!r}, {str(ROOT)!r}]
-sys.modules.update(dict.fromkeys(("pyarrow", "datasets", "hypothesis", "pytest")))
+sys.modules.update(dict.fromkeys(("pyarrow", "datasets", "hypothesis", "pytest", "pydantic")))
 import gpu.{", gpu.".join(name for name in runner.PARTS if name != "whole")}
 from gpu.stage1 import small
 small()
