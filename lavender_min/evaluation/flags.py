@@ -1,5 +1,6 @@
 """The flags of `evaluate.py`, and which of them do not go together."""
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class Flags:
         if self.image is not None:
             if not self.image.strip():
                 raise ValueError("--image needs the file of a picture; got ''")
-            if Path(self.image).resolve() == self.drawing.resolve():
+            if os.path.realpath(self.image) == os.path.realpath(self.drawing):
                 raise ValueError(f"--out {self.out} would write over --image {self.image}: take another --out")
             return
         if self.question or self.vlm or self.adapter:

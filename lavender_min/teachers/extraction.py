@@ -100,7 +100,7 @@ def recipe_file(flags: ExtractionFlags, recipe: Recipe) -> dict[str, Any]:
     What stands under "made_with" moves the last digits only, or says where the store was begun, and may differ.
     """
     sd_name = flags.sd_name
-    package, folder = Path(data.__file__).parents[2], Path(sd_name).resolve()
+    package, folder = Path(data.__file__).parents[2], Path(os.path.realpath(sd_name))
     # A folder that ships with the package keeps its name when the package moves.
     if folder.is_dir():
         sd_name = str(folder.relative_to(package)) if folder.is_relative_to(package) else str(folder)

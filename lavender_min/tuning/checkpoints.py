@@ -46,14 +46,19 @@ def total_steps(args: Any, examples: int) -> int:
     return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
 
 
+def real(path: str | Path) -> Path:
+    """Where a path leads; unlike Path.resolve it takes a link that leads to itself."""
+    return Path(os.path.realpath(path))
+
+
 def refuse_inputs(flags: Flags, out: Path) -> None:
     """No output replaces an input."""
     inputs = {"--vlm": flags.vlm, "--maps": flags.maps, "--data_root": flags.data_root}
     for name, given in inputs.items():
-        path = Path(given or "").resolve()
+        path = real(given or "")
         # The Trainer deletes old checkpoints of its own folder.
-        checkpoint = path.parent == out.resolve() and path.name.startswith("checkpoint-")
-        if given and (path == out.resolve() or checkpoint):
+        checkpoint = path.parent == real(out) and path.name.startswith("checkpoint-")
+        if given and (path == real(out) or checkpoint):
             raise ValueError(f"--output_dir {out} would write over {name} {given}: take another --output_dir")
 
 

@@ -132,3 +132,10 @@ def test_the_drawing_does_not_replace_the_picture(tmp_path, capsys):
         assert command.main(["--image", str(picture), "--vlm", VLM, "--out", str(out)]) == 2
         assert f"--out {out} would write over --image {picture}" in capsys.readouterr().err
     assert picture.read_bytes() == before
+
+
+def test_a_picture_that_links_to_itself_is_one_line(tmp_path, capsys):
+    (tmp_path / "1.png").symlink_to(tmp_path / "1.png")
+    assert command.main(["--image", str(tmp_path / "1.png"), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"evaluate.py: --image {tmp_path / '1.png'}") and said.count("\n") == 1
