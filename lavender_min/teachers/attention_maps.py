@@ -30,12 +30,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from lavender_min.teachers import FRAMES, RECIPES, Recipe, find_recipe, recipes
+from lavender_min.teachers import RECIPES, Recipe, find_recipe, recipes
 from lavender_min.teachers.recording import Recorder
-from lavender_min.teachers.stable_diffusion import StableDiffusion, load
+from lavender_min.teachers.stable_diffusion import StableDiffusion
 from lavender_min.words import Window, Word, find_words, join_fields, windows
-
-__all__ = ["FRAMES", "RECIPES", "StableDiffusion", "combine", "frame_image", "load", "record", "word_maps"]
 
 
 def frame_image(image: Image.Image, side: int, frame: str = "whole") -> Float[Tensor, "3 {side} {side}"]:
