@@ -4,6 +4,7 @@
     reading.py  how a host's attention is read while it runs, the same for every family
     load.py     a hub id or folder ─► `Host`: model, processor, family
     mllama.py   Llama 3.2 Vision
+    flamingo.py Flamingo as Idefics has it: text that looks at latents
 
 To add a family: subclass `base.Family` in a file of its own, and add its row below (docs/extending.md).
 """
@@ -20,4 +21,5 @@ class FamilyRow(NamedTuple):
 
 FAMILIES = {
     "mllama": FamilyRow("lavender_min.hosts.mllama:Mllama", "Llama 3.2 Vision: cross-attention over tiles"),
+    "idefics": FamilyRow("lavender_min.hosts.flamingo:Flamingo", "Idefics: Flamingo, cross-attention over latents"),
 }

@@ -74,7 +74,9 @@ class Family(ABC):
     picture_inputs: ClassVar[tuple[str, ...]]
     # Regular expressions over module names, by the names that --lora_targets takes.
     lora_targets: ClassVar[Mapping[str, str]]
-    # Which part of the config routes the text model's attention (`set_attn_implementation`).
+    # For hosts that come without one.
+    chat_template: ClassVar[str | None] = None
+    # Which part of the config routes the text model's attention (`set_attn_implementation`); "" is the config itself.
     attention_config: ClassVar[str] = "text_config"
 
     # ---- attention
@@ -97,6 +99,12 @@ class Family(ABC):
         the same norms, the same rotation. `layer_inputs` are the keyword arguments that the layer was called with.
         """
 
+    def with_latents(self, how: str) -> "Family":
+        """This family as --latents wants it. Raises ValueError if that says how to read latents that its hosts do not have."""
+        if how != "lifted":
+            raise ValueError(f"--latents {how} is for hosts that look at a resampler's latents; a {self.name} has none")
+        return self
+
     # ---- the picture
 
     @abstractmethod
@@ -112,6 +120,10 @@ class Family(ABC):
     @abstractmethod
     def vision(self, host: Any) -> list[nn.Module]:
         """The modules that turn pictures into what the text model takes: the tower first, the projector last."""
+
+    def pixels(self, processor: Any, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The picture inputs alone, of one picture a text."""
+        return dict(processor.image_processor(images=[[picture] for picture in pictures], return_tensors="pt"))
 
     @abstractmethod
     def picture_states(self, host: Any, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -62,9 +62,10 @@ def cache_vision(trainer: Any, folder: Path) -> None:
         picture = dataset[i][0].image()
         if cache.path(picture).exists():
             continue
-        inputs = collate.processor.image_processor(images=[[picture]], return_tensors="pt")
+        inputs = collate.family.pixels(collate.processor, [picture])
         with trainer.accelerator.autocast():
-            states = collate.family.picture_states(host, inputs.to(trainer.args.device))[0]
+            on_device = {name: tensor.to(trainer.args.device) for name, tensor in inputs.items()}
+            states = collate.family.picture_states(host, on_device)[0]
         if not told:
             one = sum(state.nbytes for state in states.values())
             need, free = one * (len(dataset) - i), shutil.disk_usage(folder).free
