@@ -85,13 +85,13 @@ class Sink:
 def lifted(
     query: Tensor, key: Tensor, rows: Tensor, counts: list[int], latents: Float[Tensor, "b p g g"], **how: Any
 ) -> Float[Tensor, "n h g g"]:
-    """Maps of attention to keys of which each shows a map: theirs, weighted by the attention. `latents` get no gradient.
+    """Maps of attention to keys of which each shows a map: theirs, weighted by the attention.
 
     The op wants a canvas, so the keys are laid out as one line that is not resampled.
     """
     b, p = latents.shape[:2]
-    number, same = torch.arange(p, dtype=torch.int32), torch.eye(p)
-    line = PatchLayout(number.expand(b, 1, p), torch.ones(b, 1, 1), same.expand(b, p, p)).to(latents.device)
+    number = torch.arange(p, dtype=torch.int32, device=latents.device)
+    line = PatchLayout(number.expand(b, 1, p), latents.new_ones(b, 1, 1), torch.eye(p).to(latents).expand(b, p, p))
     attention = ops.word_attention(query, key, rows, counts, line, **how)
     return torch.cat(
         [

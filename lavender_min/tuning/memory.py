@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fake_numbers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -159,6 +160,7 @@ def pretend(text: torch.Size, rows: int, half: torch.dtype | None) -> Iterator[N
             (Tensor, "__getitem__", take_rows),
             (Tensor, "__setitem__", lambda x, index, value: None if is_mask(index) else put(x, index, value)),
             (Tensor, "__bool__", lambda _: True),
+            (fake_numbers, "meta_nonzero_assume_all_nonzero", True),
             (functional, "scaled_dot_product_attention", gpu_attention if half else cpu_attention),
             (ops, "choose_backend", lambda *_: "triton" if half else "torch"),
             (torch, "is_autocast_enabled", lambda device="cuda": bool(half) and device == "cuda"),

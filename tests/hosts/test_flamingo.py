@@ -1,5 +1,7 @@
 """Flamingo: attention to latents is followed to the patches that they read, and everything else of the family contract."""
 
+import shutil
+
 import pytest
 import tiny_flamingo
 import torch
@@ -8,7 +10,6 @@ from tiny_flamingo import LATENTS, SIDE
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 
-from lavender_min.data import Example
 from lavender_min.geometry import MAP_SIDE
 from lavender_min.hosts import flamingo
 from lavender_min.hosts.base import WordRows, collate_views
@@ -17,9 +18,7 @@ from lavender_min.hosts.mllama import Mllama
 from lavender_min.hosts.reading import Sink
 from lavender_min.maps import MapStore
 from lavender_min.toy import data
-from lavender_min.tuning import runs
 from lavender_min.tuning.collator import Collator, MappedExamples
-from lavender_min.tuning.flags import ModelFlags
 from lavender_min.tuning.model import word_rows
 
 PATCHES = SIDE**2
@@ -149,6 +148,20 @@ def test_texts_are_encoded_as_the_processor_would(host, spelled, begin, side):
 def test_a_template_without_a_picture_is_refused(host):
     with pytest.raises(ValueError, match="the chat template writes no <image>"):
         host.family.encode(host.processor, ["what"], [PICTURE])
+
+
+def test_a_host_without_a_template_speaks_as_idefics_instruct_does(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "host")
+    (tmp_path / "host" / "chat_template.jinja").unlink()
+    for where, expected in (
+        (
+            folder,
+            "<s>user:<fake_token_around_image><image><fake_token_around_image> what<end_of_utterance>\nassistant:",
+        ),
+        (tmp_path / "host", "User:<image>what<end_of_utterance>\nAssistant:"),
+    ):
+        said = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}
+        assert load(str(where)).processor.apply_chat_template([said], add_generation_prompt=True) == expected
 
 
 def test_words_are_found_behind_the_picture(host, examples):

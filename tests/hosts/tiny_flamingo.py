@@ -12,6 +12,13 @@ from lavender_min.toy import data
 
 # 4 × 4 patches, and latents that also make a square.
 PIXELS, PATCH, SIDE, LATENTS = 56, 14, 4, 9
+# The processor takes no template; the tokenizer does.
+TEMPLATE = (
+    "{{ '<s>' }}{% for message in messages %}{{ message['role'] + ':' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<fake_token_around_image><image><fake_token_around_image>' }}"
+    "{% else %}{{ ' ' + part['text'] }}{% endif %}{% endfor %}{{ '<end_of_utterance>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -66,6 +73,7 @@ def config(own: PreTrainedTokenizerFast) -> IdeficsConfig:
 def save(folder: Path) -> str:
     torch.manual_seed(0)
     own = tokenizer()
+    own.chat_template = TEMPLATE
     processor = IdeficsProcessor(IdeficsImageProcessorPil(image_size=PIXELS), own)
     model = IdeficsForVisionText2Text(config(own))
     with torch.no_grad():
