@@ -123,7 +123,8 @@ class Family(ABC):
 
     def pixels(self, processor: Any, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
         """The picture inputs alone, of one picture a text."""
-        return dict(processor.image_processor(images=[[picture] for picture in pictures], return_tensors="pt"))
+        found = processor.image_processor(images=[[picture] for picture in pictures], return_tensors="pt")
+        return {name: found[name] for name in self.picture_inputs}
 
     @abstractmethod
     def picture_states(self, host: Any, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
