@@ -6,6 +6,7 @@
     mllama.py   Llama 3.2 Vision
     decoder.py  LLaVA, Qwen-VL, SmolVLM, Gemma 3 and other hosts whose picture stands among the text
     layouts.py  where their patches lie
+    flamingo.py Flamingo as Idefics has it: text that looks at latents
 
 To add a family: subclass `base.Family` in a file of its own, and add its row below (docs/extending.md).
 """
@@ -35,4 +36,5 @@ FAMILIES = {
     "gemma3": FamilyRow(_DECODER, "Gemma 3: one square; every sixth layer sees far"),
     "paligemma": FamilyRow(_DECODER, "PaliGemma 1 and 2: one square, read both ways together with the question"),
     "internvl": FamilyRow(_DECODER, "InternVL 2 to 3.5: tiles, then a thumbnail"),
+    "idefics": FamilyRow("lavender_min.hosts.flamingo:Flamingo", "Idefics: Flamingo, cross-attention over latents"),
 }

@@ -56,6 +56,9 @@ def read(name: str, quantize: bool, dtype: torch.dtype) -> Host:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         family = family_of(name, config.model_type)
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        # Some processors take none from their folder, where the tokenizer finds it.
+        own = processor.chat_template or processor.tokenizer.chat_template
+        processor.chat_template = own or family.chat_template
         extra = {}
         if quantize:
             extra["quantization_config"] = BitsAndBytesConfig(

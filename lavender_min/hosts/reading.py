@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lavender_min import ops
+from lavender_min.geometry import PatchLayout
 from lavender_min.hosts.base import Family, WordRows, patch_count
 
 ATTENTION = "lavender"
@@ -45,6 +46,8 @@ class Sink:
         # The place of each row among those of its text: its row in queries that are made for the picked rows only.
         number = torch.cat([torch.arange(count) for count in words.counts]).to(words.rows)
         self.number = number.where(words.rows >= 0, -1)
+        # What each key shows, [b, p, g, g], for a family whose keys are latents and no patches. It sets them on the way.
+        self.latents: Tensor | None = None
         # Layer index ─► [n, c, g, g].
         self.own_maps: dict[int, Tensor] = {}
         self.parallel_maps: dict[int, Tensor] = {}
@@ -71,10 +74,31 @@ class Sink:
         found = []
         # Autocast would round the scores of the plain PyTorch op.
         with torch.autocast(query.device.type, enabled=False):
+            if self.latents is not None:
+                return self.pool_heads(lifted(query, key, rows, self.words.counts, self.latents, **how))
             for view in self.words.views:
                 maps = ops.word_attention(query, key, rows, self.words.counts, view, **how)
                 found.append(maps * patch_count(view)[self.words.texts][:, None, None, None])
         return self.pool_heads(torch.stack(found).sum(0) if len(found) > 1 else found[0])
+
+
+def lifted(
+    query: Tensor, key: Tensor, rows: Tensor, counts: list[int], latents: Float[Tensor, "b p g g"], **how: Any
+) -> Float[Tensor, "n h g g"]:
+    """Maps of attention to keys of which each shows a map: theirs, weighted by the attention.
+
+    The op wants a canvas, so the keys are laid out as one line that is not resampled.
+    """
+    b, p = latents.shape[:2]
+    number = torch.arange(p, dtype=torch.int32, device=latents.device)
+    line = PatchLayout(number.expand(b, 1, p), latents.new_ones(b, 1, 1), torch.eye(p).to(latents).expand(b, p, p))
+    attention = ops.word_attention(query, key, rows, counts, line, **how)
+    return torch.cat(
+        [
+            torch.einsum("nhp,pyx->nhyx", of[:, :, 0], shown)
+            for of, shown in zip(attention.split(counts), latents, strict=True)
+        ]
+    )
 
 
 def padded(packed: Shaped[Tensor, "n *rest"], counts: list[int]) -> Shaped[Tensor, "b longest *rest"]:

@@ -15,6 +15,7 @@ from lavender_min.hosts import FAMILIES
 MODES = ("qlora", "lora", "full")
 MATCHES = ("exact", "all")
 ATTEND = ("predicting", "reading")
+LATENTS = ("lifted", "reshape")
 
 
 @dataclass
@@ -43,6 +44,12 @@ class ModelFlags:
     match: str = flag("exact", "align the words that the host predicts right, or all", MATCHES)
     words: str = flag("answer", "align words of the answer, or of question and answer", ["answer", "all"])
     attend: str = flag("predicting", "the rows that predict a word, or that read it", ATTEND)
+    latents: str = flag(
+        "lifted",
+        "how attention to a resampler's latents becomes a picture: through what each latent has read of it, or, as in the "
+        "paper, by taking N latents for √N × √N cells",
+        LATENTS,
+    )
 
     def __post_init__(self) -> None:
         """Values may also come from a file of an earlier run, so that choices are looked at here too."""

@@ -44,6 +44,7 @@ def build(
     """
     name = str(trained) if trained and flags.mode == "full" else flags.vlm
     host, processor, family = loaded or load(name, quantize=flags.mode == "qlora", dtype=dtype)
+    family = family.with_latents(flags.latents)
     attentions = family.layers(host)
     host.requires_grad_(flags.mode == "full")
     align = None
