@@ -74,6 +74,8 @@ class Family(ABC):
     picture_inputs: ClassVar[tuple[str, ...]]
     # Regular expressions over module names, by the names that --lora_targets takes.
     lora_targets: ClassVar[Mapping[str, str]]
+    # What --align_layers is when nothing is said. Where one layer in five sees the picture, as in the paper's Llama, all are read.
+    align_layers: ClassVar[str] = "all"
     # Which part of the config routes the text model's attention (`set_attn_implementation`).
     attention_config: ClassVar[str] = "text_config"
 
