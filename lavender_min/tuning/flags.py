@@ -38,7 +38,7 @@ class ModelFlags:
     align_layers: str = flag(
         "",
         "the layers that are aligned, of those that see the picture: all, first, mid, last, every-N or numbers such as 3,8,13 "
-        "(default: the family's; all where they are cross-attention)",
+        "(default: all where they are cross-attention, every-5 in other hosts)",
     )
     parallel_rank: int = flag(64, "rank of the parallel projections; 0: full copies")
     aligner: str = flag("sim", "depth of the Aligner; none: the mean over its channels is aligned", ALIGNERS)
