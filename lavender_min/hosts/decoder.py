@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lavender_min.geometry import PatchLayout
-from lavender_min.hosts import largest, layouts
+from lavender_min.hosts import largest, layouts, published
 from lavender_min.hosts.base import (
     Box,
     Encoded,
@@ -196,6 +196,9 @@ class Decoder(Family):
             return super().hidden_states(host, inputs, sink)
 
     # ---- planning
+
+    def config(self, name: str) -> Any:
+        return published.config(name)
 
     def imagine(self, config: Any, b: int, tokens: int) -> Imagined:
         """The inputs are real numbers, because these hosts compute with them: where the picture stands, and how large it is."""
