@@ -1,12 +1,13 @@
 """The vision-language models that can be tuned. A *host* is one of them, loaded; a *family* says what hosts of one kind share.
 
-    base.py     what a family must say (`Family`): the only knowledge of model classes in the package
-    reading.py  how a host's attention is read while it runs, the same for every family
-    load.py     a hub id or folder ─► `Host`: model, processor, family
-    mllama.py   Llama 3.2 Vision
-    decoder.py  LLaVA, Qwen-VL, SmolVLM, Gemma 3 and other hosts whose picture stands among the text
-    layouts.py  where their patches lie
-    flamingo.py Flamingo as Idefics has it: text that looks at latents
+    base.py        what a family must say (`Family`): the only knowledge of model classes in the package
+    reading.py     how a host's attention is read while it runs, the same for every family
+    load.py        a hub id or folder ─► `Host`: model, processor, family
+    processors.py  its processor, also where it cannot be built whole
+    mllama.py      Llama 3.2 Vision
+    decoder.py     LLaVA, Qwen-VL, SmolVLM, Gemma 3 and other hosts whose picture stands among the text
+    layouts.py     where their patches lie
+    flamingo.py    Flamingo as Idefics has it: text that looks at latents
 
 To add a family: subclass `base.Family` in a file of its own, and add its row below (docs/extending.md).
 """

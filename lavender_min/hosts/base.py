@@ -76,6 +76,8 @@ class Family(ABC):
     lora_targets: ClassVar[Mapping[str, str]]
     # For hosts that come without one.
     chat_template: ClassVar[str | None] = None
+    # What --align_layers is when nothing is said. Where one layer in five sees the picture, as in the paper's Llama, all are read.
+    align_layers: ClassVar[str] = "all"
     # Which part of the config routes the text model's attention (`set_attn_implementation`); "" is the config itself.
     attention_config: ClassVar[str] = "text_config"
 

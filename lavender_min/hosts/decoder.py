@@ -78,6 +78,7 @@ class Decoder(Family):
         # The choice of the paper's code.
         "released": _LAYER + r"self_attn\.[qv]_proj",
     }
+    align_layers = "every-5"
 
     def __init__(self, model_type: str):
         super().__init__(model_type)

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from lavender_min import hub
 from lavender_min.failing import naming
-from lavender_min.hosts import FAMILIES
+from lavender_min.hosts import FAMILIES, processors
 from lavender_min.hosts.base import Family
 from lavender_min.hosts.reading import hook
 
@@ -55,10 +55,9 @@ def read(name: str, quantize: bool, dtype: torch.dtype) -> Host:
         hub.ask(name, "config.json")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         family = family_of(name, config.model_type)
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        # Some processors take none from their folder, where the tokenizer finds it.
-        own = processor.chat_template or processor.tokenizer.chat_template
-        processor.chat_template = own or family.chat_template
+        processor = processors.load(name)
+        # Some hosts come without a template of turns.
+        processor.chat_template = processor.chat_template or family.chat_template
         extra = {}
         if quantize:
             extra["quantization_config"] = BitsAndBytesConfig(

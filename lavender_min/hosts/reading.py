@@ -6,7 +6,7 @@ picture, the op `word_attention`. The map is made inside the attention function,
 leaves its small maps behind and nothing else.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -37,10 +37,15 @@ class Sink:
     """
 
     def __init__(
-        self, family: Family, words: WordRows, own: bool, parallel: nn.ModuleDict | None, pool_heads: PoolHeads
+        self,
+        family: Family,
+        words: WordRows,
+        own: Collection[int],
+        parallel: nn.ModuleDict | None,
+        pool_heads: PoolHeads,
     ):
         self.family, self.words = family, words
-        # Whether the host's own attention is wanted, and the parallel projections by layer, if theirs is.
+        # The layers whose own attention is wanted, and the parallel projections by layer, if theirs is.
         self.own, self.parallel = own, parallel
         self.pool_heads = pool_heads
         # The place of each row among those of its text: its row in queries that are made for the picked rows only.
@@ -55,7 +60,7 @@ class Sink:
     def read(self, attention: Any, call: dict[str, Any], layer_inputs: Mapping[str, Any]) -> None:
         """The maps of one layer. `call` holds query, key, attn_mask, is_causal and scale of its scaled dot product."""
         layer = attention.layer_idx
-        if self.own:
+        if layer in self.own:
             self.own_maps.setdefault(layer, self.maps(rows=self.words.rows, **call))
         if self.parallel is not None and str(layer) in self.parallel:
             query, key = self.parallel[str(layer)](attention, self.family, layer_inputs, self.words)

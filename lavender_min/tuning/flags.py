@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, fields
 
 from lavender_min import cli, data
-from lavender_min.align import AGGREGATIONS, ALIGNERS, NORMS
+from lavender_min.align import AGGREGATIONS, ALIGNERS, NORMS, layers
 from lavender_min.cli import flag
 from lavender_min.hosts import FAMILIES
 
@@ -36,6 +36,11 @@ class ModelFlags:
         "what is aligned: " + "; ".join(f"{name}: {row.about}" for name, row in AGGREGATIONS.items()),
         AGGREGATIONS,
     )
+    align_layers: str = flag(
+        "",
+        "the layers that are aligned, of those that see the picture: all, first, mid, last, every-N or numbers such as 3,8,13 "
+        "(default: all where they are cross-attention, every-5 in other hosts)",
+    )
     parallel_rank: int = flag(64, "rank of the parallel projections; 0: full copies")
     aligner: str = flag("sim", "depth of the Aligner; none: the mean over its channels is aligned", ALIGNERS)
     aligner_kernel: int = flag(3, "3 is the paper's conv, 1 its mlp", [3, 1])
@@ -61,6 +66,8 @@ class ModelFlags:
         cli.at_least(0, parallel_rank=self.parallel_rank)
         cli.between(0, 1, lora_dropout=self.lora_dropout)
         cli.between(0, math.inf, lambda_att=self.lambda_att)
+        if self.align_layers:
+            layers.check(self.align_layers)
         try:
             re.compile(self.lora_targets)
         except re.error as error:

@@ -161,7 +161,7 @@ def test_logits_are_bit_equal_with_and_without_hooks(folder, examples):
     host = load(folder)
     batch = batch_of(host, examples)
     plain = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").eval()
-    sink = Sink(host.family, word_rows(batch["words"]), True, None, lambda maps: maps)
+    sink = Sink(host.family, word_rows(batch["words"]), [0, 1, 2], None, lambda maps: maps)
     with torch.no_grad():
         expected = plain(**inputs_of(batch)).logits
         hidden = host.family.hidden_states(host.model.eval(), inputs_of(batch), sink)
@@ -177,7 +177,7 @@ def test_maps_equal_those_of_eager_attention(folder, examples, together):
     for some in [examples] if together else [examples[:1], examples[1:2]]:
         batch = batch_of(host, some)
         words = word_rows(batch["words"])
-        sink = Sink(host.family, words, True, None, lambda maps: maps)
+        sink = Sink(host.family, words, [0, 1, 2], None, lambda maps: maps)
         with torch.no_grad():
             host.family.hidden_states(host.model.eval(), inputs_of(batch), sink)
             attentions = eager(**inputs_of(batch), output_attentions=True).attentions
@@ -197,7 +197,7 @@ def test_parallel_attention_starts_as_the_hosts_own(folder, examples, rank, toge
     host = load(folder)
     model, _ = runs.build(ModelFlags("", parallel_rank=rank), loaded=host)
     batch = batch_of(host, examples if together else examples[1:2])
-    sink = model.sink(word_rows(batch["words"]), own=True)
+    sink = model.sink(word_rows(batch["words"]), model.layers)
     with torch.no_grad():
         host.family.hidden_states(model.eval().base, inputs_of(batch), sink)
     for layer, own in sink.own_maps.items():
@@ -256,7 +256,7 @@ def test_views_are_added_each_times_its_patches():
     query, key = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 20, 8)
     rows, texts = torch.tensor([0, 2, 1]), torch.tensor([0, 0, 1])
     words = WordRows(rows, [2, 1], texts, rows, torch.ones(3).long(), torch.zeros(3, MAP_SIDE, MAP_SIDE), views)
-    sink = Sink(Llava(), words, True, None, lambda maps: maps)
+    sink = Sink(Llava(), words, [0], None, lambda maps: maps)
     maps = sink.maps(query=query, key=key, rows=rows, attn_mask=None, is_causal=False, scale=None)
     attention = (query @ key.mT * 8**-0.5).softmax(-1)
     for found, text, row in zip(maps, texts, rows, strict=True):
