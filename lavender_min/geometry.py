@@ -39,11 +39,14 @@ def resize_matrix(
     weighs the cells around by a triangle, one cell wide each way when enlarging and one *output* cell when shrinking:
     the antialiased linear filter, equal on the whole line to `F.interpolate(mode="bilinear", antialias=True)`. Cells
     wholly outside the stretch (padding) weigh nothing; every row sums to 1, so a flat map stays flat.
+
+    The stretch may reach beyond the line, as a picture does that was cropped: what lies there was not seen, and counts as 0. So
+    a row of an output cell that lies partly on the line sums to that part.
     """
     stop = float(n_patches) if stop is None else stop
-    if not (n_patches > 0 and g > 0 and 0 <= start < stop <= n_patches):
+    if not (g > 0 and start < stop and start < n_patches and stop > 0):
         raise ValueError(
-            f"resize_matrix wants 0 ≤ start < stop ≤ n_patches and g > 0; "
+            f"resize_matrix wants a stretch start < stop that meets the line [0, n_patches], and g > 0; "
             f"got start={start}, stop={stop}, n_patches={n_patches}, g={g}"
         )
     cell = torch.arange(n_patches, dtype=torch.float64)
@@ -52,7 +55,9 @@ def resize_matrix(
     distance = (centre[:, None] - (cell + 0.5)).abs()  # [g, n_patches]
     weight = (1 - distance / max(ratio, 1.0)).clamp(min=0)
     weight = weight * ((cell + 1 > start) & (cell < stop))
-    return (weight / weight.sum(1, keepdim=True)).float()
+    low, high = ((centre + side * ratio / 2).clamp(0, n_patches) for side in (-1, 1))
+    seen = (high - low) / ratio  # [g], the part of each output cell that lies on the line
+    return (weight / weight.sum(1, keepdim=True).clamp(min=1e-12) * seen[:, None]).float()
 
 
 def resize_map(map: Float[Tensor, "*lead y x"], g: int = MAP_SIDE) -> Float[Tensor, "*lead g g"]:

@@ -69,13 +69,17 @@ class Imagined(NamedTuple):
 class Family(ABC):
     """What is the same for all hosts of one kind. Methods are handed the host; a family keeps no state."""
 
-    name: ClassVar[str]
+    name: str
     # Inputs that are the picture's: what the vision tower takes, and what a cache of its output stands in for.
     picture_inputs: ClassVar[tuple[str, ...]]
     # Regular expressions over module names, by the names that --lora_targets takes.
     lora_targets: ClassVar[Mapping[str, str]]
     # Which part of the config routes the text model's attention (`set_attn_implementation`).
     attention_config: ClassVar[str] = "text_config"
+
+    def __init__(self, model_type: str = ""):
+        """`model_type` is what the hosts' config.json says; it matters to a family of several kinds."""
+        self.model_type = model_type
 
     # ---- attention
 
@@ -124,20 +128,33 @@ class Family(ABC):
     # ---- the text
 
     def encode(
-        self, processor: Any, texts: Sequence[str], pictures: Sequence[Image.Image], padding_side: str = "right"
+        self,
+        processor: Any,
+        texts: Sequence[str],
+        pictures: Sequence[Image.Image],
+        padding_side: str = "right",
+        answer_starts: Sequence[int] | None = None,
     ) -> Encoded:
-        """One picture a text. The texts come from a chat template, which has put BOS already."""
+        """One picture a text. `answer_starts` are the characters where answers begin, None if there are none yet; it matters to
+        hosts that read the two differently.
+
+        The texts come from a chat template. Most templates put BOS; where one does not (LLaVA 1.5's), the tokenizer does.
+        """
+        bos = processor.tokenizer.bos_token
+        special = bos is not None and not texts[0].startswith(bos)
         inputs = processor(
             text=list(texts),
             images=[[picture] for picture in pictures],
             padding=True,
             padding_side=padding_side,
-            add_special_tokens=False,
+            add_special_tokens=special,
             return_tensors="pt",
         )
         kept = inputs["attention_mask"].bool()
-        ids = [row[mask].tolist() for row, mask in zip(inputs["input_ids"], kept, strict=True)]
-        offsets = [expanded_offsets(processor.tokenizer, *pair) for pair in zip(texts, ids, strict=True)]
+        offsets = [
+            expanded_offsets(processor.tokenizer, text, row[mask].tolist(), special)
+            for text, row, mask in zip(texts, inputs["input_ids"], kept, strict=True)
+        ]
         return Encoded(dict(inputs), offsets)
 
     # ---- the forward
@@ -166,25 +183,36 @@ class Family(ABC):
         """The largest pictures the processor makes, one for each of b texts of so many tokens."""
 
 
-def expanded_offsets(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, int]]:
+def expanded_offsets(
+    tokenizer: Any, text: str, ids: list[int], special: bool = False, cut: int | None = None
+) -> list[tuple[int, int]]:
     """Characters of `text` for each of the tokens `ids`, which are the text's with an image placeholder grown to many.
 
     What stands before the placeholder and behind it is the same in both lists of tokens. So the two are matched from both ends,
-    and tokens between are the picture's, which stand for no character. This asks nothing of the processor but that.
+    and tokens between are the picture's, which stand for no character. This asks nothing of the processor but that. `special`
+    says whether the tokenizer adds its special tokens; at the character `cut`, if given, the processor takes the text in two.
     """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    short, offsets = encoded["input_ids"], [tuple(pair) for pair in encoded["offset_mapping"]]
+    cut = len(text) if cut is None else cut
+    short: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for begin, piece in ((0, text[:cut]), (cut, text[cut:])):
+        if piece:
+            encoded = tokenizer(piece, add_special_tokens=special, return_offsets_mapping=True)
+            short += encoded["input_ids"]
+            offsets += [(begin + start, begin + end) if end else (0, 0) for start, end in encoded["offset_mapping"]]
     before = 0
     while before < min(len(short), len(ids)) and short[before] == ids[before]:
         before += 1
     after = 0
     while after < min(len(short) - before, len(ids) - before) and short[-1 - after] == ids[-1 - after]:
         after += 1
-    unmatched = len(short) - before - after
-    if unmatched > 1:  # the placeholder alone may go
+    between = offsets[before : len(short) - after]
+    # The placeholder alone may go, and white space beside it: newlines that the processor adds are joined to those of the text.
+    lost = [text[start:end] for start, end in between if text[start:end].strip()]
+    if len(lost) > 1:
         raise ValueError(
-            f"the processor and its tokenizer disagree on a text ({unmatched} of its {len(short)} tokens), "
-            "so words cannot be found in it"
+            f"the processor and its tokenizer disagree on a text ({len(lost)} of its {len(short)} tokens, from {lost[0]!r} "
+            f"to {lost[-1]!r}), so words cannot be found in it"
         )
     return offsets[:before] + [(0, 0)] * (len(ids) - before - after) + offsets[len(short) - after :]
 

@@ -28,7 +28,7 @@ def family_of(name: str, model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(f"--vlm {name} is a {model_type}; this package tunes {', '.join(FAMILIES)}")
     module, _, family = FAMILIES[model_type].where.partition(":")
-    return getattr(importlib.import_module(module), family)()
+    return getattr(importlib.import_module(module), family)(model_type)
 
 
 def load(name: str, quantize: bool = False, dtype: torch.dtype = torch.float32) -> Host:

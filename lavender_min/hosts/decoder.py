@@ -1,0 +1,193 @@
+"""Decoders: hosts whose picture stands among the text, as tokens of one sequence. LLaVA, Qwen-VL, SmolVLM, Gemma and their like.
+
+A vision tower and a projector turn the picture into states; the text model takes them in the places of its image tokens. So the
+keys of its self-attention are text and patches together, causally masked (Gemma's picture sees itself both ways), and queries and
+keys are rotated by position. The kinds differ in where patches lie (`layouts`), and in the few points of `KINDS`.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+
+from lavender_min.geometry import PatchLayout
+from lavender_min.hosts import layouts
+from lavender_min.hosts.base import Box, Encoded, Family, Imagined, Projection, WordRows, expanded_offsets
+
+_LAYER = r".*(language_model|text_model)\.layers\.\d+\."
+# What the tower takes, of all kinds.
+TOWER_INPUTS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
+
+
+class Kind(NamedTuple):
+    """What the kinds of decoders differ in."""
+
+    looks: Callable[[layouts.Size, Any, Any], layouts.Looks]
+    vision: tuple[str, str] = ("vision_tower", "multi_modal_projector")  # modules of `host.model`: tower, projector
+    decoder: str = "language_model"
+    # Whether the states of a batch's pictures are one tensor, and not a list of them.
+    stacked: bool = False
+    # Whether the processor takes the answer apart from the text, because the text is read both ways.
+    suffix: bool = False
+
+
+_QWEN = Kind(layouts.native, ("visual", "visual.merger"))
+_IDEFICS = Kind(layouts.idefics3, ("vision_model", "connector"), "text_model")
+# By `model_type`.
+KINDS = {
+    "llava": Kind(layouts.cropped),
+    "llava_next": Kind(layouts.anyres),
+    "llava_onevision": Kind(layouts.anyres_max),
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "qwen3_5": _QWEN,
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
+    "gemma3": Kind(layouts.whole, stacked=True),
+    "paligemma": Kind(layouts.whole, stacked=True, suffix=True),
+    "internvl": Kind(layouts.internvl, stacked=True),
+}
+
+
+class Decoder(Family):
+    # image_grid_thw stays: the text model needs it for its positions.
+    picture_inputs = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images")
+    lora_targets = {
+        "cross": _LAYER + r"self_attn\.[qkvo]_proj",
+        "language": _LAYER + r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+        # The choice of the paper's code.
+        "released": _LAYER + r"self_attn\.[qv]_proj",
+    }
+
+    def __init__(self, model_type: str):
+        super().__init__(model_type)
+        self.name, self.kind = model_type, KINDS[model_type]
+
+    # ---- attention
+
+    def layers(self, host: Any) -> dict[int, Any]:
+        """Those whose attention is full. A window may be too short to reach the picture; linear attention has no map."""
+        decoder = self.decoder(host)
+        types = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
+        return {i: decoder.layers[i].self_attn for i, kind in enumerate(types) if kind == "full_attention"}
+
+    def project(
+        self, attention: Any, layer_inputs: Mapping[str, Any], words: WordRows, query_of: Projection, key_of: Projection
+    ) -> tuple[Float[Tensor, "n h d"], Float[Tensor, "b hkv p d"]]:
+        """Every position is a key, and every rotation comes as the cosines and sines that the layer was given."""
+        hidden, d = layer_inputs["hidden_states"], self.heads(attention).dim
+        turns = [turn.expand(len(hidden), -1, -1) for turn in layer_inputs["position_embeddings"]]
+        at = words.texts, words.rows.long().clamp(min=0)
+        # Qwen 3.5 projects a gate behind each head's query; it has no part in the map.
+        query = rearrange(query_of(attention, hidden[at]), "n (h d) -> n h d", h=self.heads(attention).query)[..., :d]
+        key = rearrange(key_of(attention, hidden), "b p (h d) -> b h p d", d=d)
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        query, _ = rotate(query, query, *(turn[at] for turn in turns))
+        _, key = rotate(key, key, *turns)
+        return query, key
+
+    # ---- the picture
+
+    def views(
+        self, size: tuple[int, int], processor: Any, config: Any, ids: Int[Tensor, " t"], box: Box
+    ) -> list[PatchLayout]:
+        """Raises ValueError if the text does not hold as many image tokens as the layout has."""
+        slots = (ids == config.image_token_id).nonzero()[:, 0]
+        looks = self.kind.looks(size, processor, config)
+        if len(slots) != looks.tokens:
+            raise ValueError(
+                f"the processor gave a picture of {size[0]} × {size[1]} pixels {len(slots)} tokens, where {self.name} is known to "
+                f"give {looks.tokens}; are its settings those of the published model?"
+            )
+        return [layouts.layout(view, slots, box) for view in looks.views]
+
+    def vision(self, host: Any) -> list[nn.Module]:
+        return [host.model.get_submodule(name) for name in self.kind.vision]
+
+    def picture_states(self, host: Any, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """[image tokens, c] a picture, and the same for each layer that Qwen 3 feeds with states of its own."""
+        taken = {name: inputs[name] for name in TOWER_INPUTS if name in inputs}
+        found = host.model.get_image_features(**taken, return_dict=True)
+        deep = getattr(found, "deepstack_features", None) or []
+        counts = (inputs["input_ids"] == host.config.image_token_id).sum(1).tolist()
+        parts = {"states": found.pooler_output, **{f"deepstack_{i}": states for i, states in enumerate(deep)}}
+        split = {name: flat(states).split(counts) for name, states in parts.items()}
+        return [{name: states[i] for name, states in split.items()} for i in range(len(counts))]
+
+    def cached_inputs(self, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+        return {"picture_states": [dict(of) for of in states]}
+
+    # ---- the text
+
+    def encode(
+        self,
+        processor: Any,
+        texts: Sequence[str],
+        pictures: Sequence[Image.Image],
+        padding_side: str = "right",
+        answer_starts: Sequence[int] | None = None,
+    ) -> Encoded:
+        """PaliGemma reads a text both ways and only a `suffix` causally, so an answer in the text would read itself."""
+        if not self.kind.suffix:
+            return super().encode(processor, texts, pictures, padding_side)
+        tokenizer = processor.tokenizer
+        starts = answer_starts or [len(text) for text in texts]
+        pairs = [(text[:at], text[at:]) for text, at in zip(texts, starts, strict=True)]
+        inputs = processor(
+            # The processor itself puts BOS behind the picture, the newline and, after an answer, EOS.
+            text=[asked.removesuffix("\n") for asked, _ in pairs],
+            suffix=[said.removesuffix(tokenizer.eos_token) for _, said in pairs] if answer_starts else None,
+            images=[[picture] for picture in pictures],
+            padding=True,
+            padding_side=padding_side,
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        kept = inputs["attention_mask"].bool()
+        offsets = [
+            expanded_offsets(tokenizer, text, row[mask].tolist(), cut=at)
+            for text, at, row, mask in zip(texts, starts, inputs["input_ids"], kept, strict=True)
+        ]
+        # Made of what `suffix` holds; the labels of a batch are the collator's.
+        return Encoded({name: value for name, value in inputs.items() if name != "labels"}, offsets)
+
+    # ---- the forward
+
+    def decoder(self, host: Any) -> Any:
+        return getattr(host.model, self.kind.decoder)
+
+    def hidden_states(self, host: Any, inputs: Mapping[str, Any], sink: Any = None) -> Float[Tensor, "b t c"]:
+        """States from a cache take the place of what `get_image_features` would return."""
+        inputs = dict(inputs)
+        cached = inputs.pop("picture_states", None)
+        if cached is None:
+            return super().hidden_states(host, inputs, sink)
+        joined = {name: [of[name] for of in cached] for name in cached[0]}
+        states = joined.pop("states")
+        found = SimpleNamespace(
+            pooler_output=torch.cat(states) if self.kind.stacked else states, deepstack_features=list(joined.values())
+        )
+        # The model asks for features only if there are pixels.
+        inputs["pixel_values"] = states[0]
+        with patch.object(host.model, "get_image_features", lambda *_, **__: found):
+            return super().hidden_states(host, inputs, sink)
+
+    # ---- planning
+
+    def imagine(self, config: Any, b: int, tokens: int) -> Imagined:
+        raise NotImplementedError
+
+
+def flat(states: Any) -> Float[Tensor, "tokens c"]:
+    """States of a batch's pictures, or of their tiles, one after another."""
+    return torch.cat(list(states)) if isinstance(states, list | tuple) else states.flatten(0, -2)
