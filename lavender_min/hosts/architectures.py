@@ -12,7 +12,7 @@ A program without this package cannot load such a folder. With it, one line befo
     import lavender_min.hosts.architectures
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 import torch
 from jaxtyping import Float, Int
@@ -35,6 +35,8 @@ from transformers.modeling_outputs import BaseModelOutput
 # ------------------------------------------------------------------------------------------------- bidirectional LLaVA
 
 
+# A config takes all that stands in a config.json, not its declared fields alone.
+@no_type_check
 class BidirectionalLlavaConfig(LlavaConfig):
     """LLaVA's fields. What is left out is as the paper has it: SigLIP's last layer, all of its patches, and Qwen2."""
 
@@ -129,6 +131,7 @@ class BidirectionalLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 # ------------------------------------------------------------------------------------- a small VLM as a vision tower
 
 
+@no_type_check
 class VlmPerceiverConfig(PreTrainedConfig):
     """`vlm_config` is the small VLM's own; `prompt` are the token ids that it reads, of which the last are the picture's.
 

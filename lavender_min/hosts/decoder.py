@@ -43,6 +43,7 @@ _IDEFICS = Kind(layouts.idefics3, ("vision_model", "connector"), "text_model")
 # By `model_type`.
 KINDS = {
     "llava": Kind(layouts.cropped),
+    "bidirectional_llava": Kind(layouts.cropped),
     "llava_next": Kind(layouts.anyres),
     "llava_onevision": Kind(layouts.anyres_max),
     "qwen2_vl": _QWEN,
