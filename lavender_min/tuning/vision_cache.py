@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 class VisionCache:
@@ -59,12 +60,14 @@ def cache_vision(trainer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     cache, told = VisionCache(folder), False
     for i in range(trainer.args.process_index, len(dataset), trainer.args.world_size):
-        picture = dataset[i][0].image()
+        example = dataset[i]
+        picture = example[0].image()
         if cache.path(picture).exists():
             continue
-        inputs = collate.processor.image_processor(images=[[picture]], return_tensors="pt")
+        # A whole text: processors have settings of their own for a picture in a text.
+        inputs = tree_map_only(Tensor, lambda tensor: tensor.to(trainer.args.device), collate([example]))
         with trainer.accelerator.autocast():
-            states = collate.family.picture_states(host, inputs.to(trainer.args.device))[0]
+            states = collate.family.picture_states(host, inputs)[0]
         if not told:
             one = sum(state.nbytes for state in states.values())
             need, free = one * (len(dataset) - i), shutil.disk_usage(folder).free

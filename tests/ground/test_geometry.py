@@ -49,6 +49,20 @@ def test_a_stretch_of_whole_cells_equals_cropping_first(n_patches, before, after
     torch.testing.assert_close(padded[:, before : before + n_patches], resize_matrix(n_patches, g))
 
 
+@given(st.integers(1, 30), st.integers(0, 20), st.integers(0, 20), st.integers(1, 33))
+@settings(deadline=None)
+def test_what_a_stretch_has_beyond_the_line_is_0(n_patches, before, after, g):
+    """A flat line gives each output cell the part of it that lies on the line; the same stretch of a longer line is measured."""
+    matrix = resize_matrix(n_patches, g, -before, n_patches + after)
+    fine = torch.zeros(before + n_patches + after)
+    fine[before : before + n_patches] = 1
+    # Every output cell is the mean of as many pieces as the line has cells.
+    expected = fine.repeat_interleave(g).view(g, -1).mean(1)
+    torch.testing.assert_close(matrix.sum(1), expected)
+    if before == after == 0:
+        assert torch.equal(matrix, resize_matrix(n_patches, g))
+
+
 def test_positions_are_kept_on_a_partial_stretch():
     # A ramp through the cell centres is a ramp after resampling, at the right places (away from the ends).
     matrix = resize_matrix(40, 32, 4.5, 30.25)
@@ -57,9 +71,9 @@ def test_positions_are_kept_on_a_partial_stretch():
     torch.testing.assert_close((matrix @ ramp)[1:-1], centres[1:-1], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("arguments", [(0, 4), (4, 0), (4, 4, 3, 3), (4, 4, -1, 2), (4, 4, 0, 5)])
+@pytest.mark.parametrize("arguments", [(0, 4), (4, 0), (4, 4, 3, 3), (4, 4, -2, 0), (4, 4, 4, 5)])
 def test_bad_stretches_are_refused(arguments):
-    with pytest.raises(ValueError, match="0 ≤ start < stop ≤ n_patches"):
+    with pytest.raises(ValueError, match="start < stop that meets the line"):
         resize_matrix(*arguments)
 
 

@@ -1,7 +1,7 @@
-"""Tiny random hosts of every kind that `lavender_min.hosts.decoder` knows, each with the real processor of its kind, built offline.
+"""Tiny random hosts of every kind that `lavender_min.hosts.decoder` knows, each with the real processor of its kind.
 
-`save` writes an ordinary folder: weights, processor, and a chat template in the style of the kind's published ones. `built` gives the
-parts. Some processors also want a video processor, which needs torchvision; those are built without one.
+`save` writes an ordinary folder: weights, processor, and a chat template in the style of the kind's published ones. `built` gives
+the parts. Some processors also want a video processor, which needs torchvision; those are built without one.
 """
 
 import functools
@@ -90,7 +90,8 @@ class Kind(NamedTuple):
 def merges() -> list[tuple[str, str]]:
     lines = [f"{e.question} {e.answer}" for e in data.load("tune", 100)] + [f"{CAPTION_PROMPT} user assistant"]
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return learn_merges(lines * 3, split, sorted(pre_tokenizers.ByteLevel.alphabet()))
+    # Newlines join, as in published tokenizers: those of a template with those that a processor puts around a picture.
+    return [("Ċ", "Ċ"), ("ĊĊ", "Ċ"), *learn_merges(lines * 3, split, sorted(pre_tokenizers.ByteLevel.alphabet()))]
 
 
 def tokenizer_of(kind: Kind) -> Any:
@@ -284,7 +285,7 @@ KINDS = {
     ),
     "internvl": Kind(
         lambda t: without_video(
-            hf.InternVLProcessor, t, GotOcr2ImageProcessorPil(**SQUARE, crop_to_patches=True, max_patches=6), image_seq_length=4
+            hf.InternVLProcessor, t, GotOcr2ImageProcessorPil(**SQUARE, max_patches=6), image_seq_length=4
         ),
         lambda p: hf.InternVLConfig(
             vision_config={
