@@ -21,7 +21,8 @@ from lavender_min.geometry import PatchLayout
 from lavender_min.hosts import layouts
 from lavender_min.hosts.base import Box, Encoded, Family, Imagined, Projection, WordRows, expanded_offsets
 
-_LAYER = r".*(language_model|text_model)\.layers\.\d+\."
+# A tower may hold a language model of its own.
+_LAYER = r"(?!.*vision_tower).*(language_model|text_model)\.layers\.\d+\."
 # What the tower takes, of all kinds.
 TOWER_INPUTS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
 

@@ -12,7 +12,8 @@ from lavender_min.hosts import assemble, perceiver
 from lavender_min.hosts.architectures import VlmPerceiver
 from lavender_min.hosts.load import load
 from lavender_min.toy import models
-from lavender_min.tuning import command, export
+from lavender_min.tuning import command, export, runs
+from lavender_min.tuning.flags import ModelFlags
 
 PATCHES = 16
 
@@ -83,6 +84,8 @@ def test_only_the_large_models_attention_is_read(folders):
     small = host.model.model.vision_tower.vlm.language_model.config._attn_implementation
     assert (attention, small) == ("lavender", "sdpa") and list(host.family.layers(host.model)) == [0, 1, 2]
     assert next(iter(host.family.layers(host.model).values())).config.hidden_size == 96
+    adapted = runs.with_adapters(host.model, host.family, ModelFlags("", lora_targets="language"))
+    assert not any("vision_tower" in name for name, p in adapted.named_parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("mode", ["qlora", "full"])
