@@ -97,7 +97,12 @@ def test_generation_with_a_cache_is_that_without(folders, processor, attention):
     model = AutoModelForImageTextToText.from_pretrained(folders / "bidirectional", attn_implementation=attention).eval()
     inputs = inputs_of(processor, "left")
     # Random weights may say the image token.
-    how = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [model.config.image_token_id], "eos_token_id": -1}
+    how = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "suppress_tokens": [model.config.image_token_id],
+        "eos_token_id": -1,
+    }
     without = model.generate(**inputs, **how, use_cache=False)[:, -6:]
     assert len(set(without.flatten().tolist())) > 2
     assert torch.equal(model.generate(**inputs, **how)[:, -6:], without)
@@ -183,7 +188,10 @@ def test_the_language_models_own_template_takes_pictures(folders, processor):
 
 @pytest.mark.parametrize(
     ("part", "message"),
-    [("vision", "--vision {}: expected a SigLIP, found a qwen2"), ("llm", "--llm {}: Unrecognized configuration class")],
+    [
+        ("vision", "--vision {}: expected a SigLIP, found a qwen2"),
+        ("llm", "--llm {}: Unrecognized configuration class"),
+    ],
 )
 def test_parts_that_do_not_fit_are_refused_by_name(folders, tmp_path, capsys, part, message):
     wrong = {"vision": folders / "qwen2", "llm": folders / "siglip"}[part]
