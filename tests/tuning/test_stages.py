@@ -38,6 +38,12 @@ def host(tmp_path_factory):
     return where / "host"
 
 
+@pytest.fixture(autouse=True)
+def without_collections(monkeypatch):
+    """Of garbage, between stages: with all that tests hold, each takes a second."""
+    monkeypatch.setattr(stages.gc, "collect", lambda *generation: 0)
+
+
 @pytest.fixture
 def schedule(tmp_path):
     """Writes a schedule of these stages, and gives the words of the command that trains it into a folder."""
