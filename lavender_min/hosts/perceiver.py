@@ -46,11 +46,11 @@ def perceiver(name: str) -> tuple[VlmPerceiver, Any]:
 
 
 def config_of(config: Any, processor: Any) -> VlmPerceiverConfig:
-    """What the tower must know of a small VLM, found by a look at one picture."""
+    """What the tower must know of a small VLM, found by a look at one picture, so wide that whoever makes tiles makes some."""
     asked = [{"role": "user", "content": [{"type": "image"}]}]
     encoded = processor(
         text=[processor.apply_chat_template(asked)],
-        images=[[Image.new("RGB", (64, 64))]],
+        images=[[Image.new("RGB", (600, 200))]],
         add_special_tokens=False,
         return_tensors="pt",
     )
@@ -58,14 +58,14 @@ def config_of(config: Any, processor: Any) -> VlmPerceiverConfig:
     shape, ids = list(encoded["pixel_values"].shape), encoded["input_ids"][0]
     if more or len(shape) != 4 or shape[0] != 1 or shape[2] != shape[3]:
         raise ValueError(
-            f"a {config.model_type} takes pixel_values of shape {shape}" + "".join(f", {name}" for name in more)
+            f"{config.model_type} takes pixel_values of shape {shape}" + "".join(f", {name}" for name in more)
             + "; a perceiver takes one square picture, [1, 3, side, side], and nothing else: a LLaVA 1.5, for instance"
         )  # fmt: skip
     (places,) = (ids == config.image_token_id).nonzero(as_tuple=True)
     patches, grid = len(places), math.isqrt(len(places))
     if not patches or patches != grid * grid or int(places[-1] - places[0]) != patches - 1:
         raise ValueError(
-            f"a {config.model_type} has {patches} tokens of a picture, which are no square grid in one piece"
+            f"{config.model_type} has {patches} tokens of a picture, which are no square grid in one piece"
         )
     return VlmPerceiverConfig(
         vlm_config=config,

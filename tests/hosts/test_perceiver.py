@@ -5,6 +5,7 @@ import shutil
 import pytest
 import tiny_parts
 import torch
+import zoo
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
@@ -114,7 +115,7 @@ def test_it_is_tuned_and_exported(folders, store_folder, tmp_path, mode):
     ("small", "message"),
     [
         ("large", "expected a vision-language model, found a qwen2"),
-        ("toy", "a mllama takes pixel_values of shape [1, 1, 4, 3, 64, 64], aspect_ratio_ids, aspect_ratio_mask"),
+        ("toy", "mllama takes pixel_values of shape [1, 1, 4, 3, 64, 64], aspect_ratio_ids, aspect_ratio_mask"),
         ("nowhere", "there is no such folder"),
     ],
 )
@@ -123,6 +124,19 @@ def test_what_cannot_be_a_perceiver_is_refused_in_one_line(folders, tmp_path, ca
     assert perceiver.main(["--perceiver", str(name), "--llm", str(folders / "large"), str(tmp_path / "out")]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("perceiver: ")]
     assert len(lines) == 1 and message in lines[0] and str(name) in lines[0] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", zoo.KINDS)
+def test_only_one_square_picture_will_do(kind):
+    """Tiles, native resolutions and extra inputs are refused, before any weight is loaded."""
+    model, processor = zoo.built(kind)
+    if kind in ("llava", "bidirectional_llava"):
+        config = perceiver.config_of(model.config, processor)
+        assert (config.image_size, config.patch_size) == (zoo.TILE, zoo.PATCH)
+        assert config.prompt[-PATCHES:] == [model.config.image_token_id] * PATCHES
+    else:
+        with pytest.raises(ValueError, match=rf"^{kind} takes pixel_values of shape .*; a perceiver takes one square"):
+            perceiver.config_of(model.config, processor)
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(folders, tmp_path, capsys):
