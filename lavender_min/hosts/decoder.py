@@ -18,8 +18,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lavender_min.geometry import PatchLayout
-from lavender_min.hosts import layouts
-from lavender_min.hosts.base import Box, Encoded, Family, Imagined, Projection, WordRows, expanded_offsets
+from lavender_min.hosts import largest, layouts, published
+from lavender_min.hosts.base import (
+    Box,
+    Encoded,
+    Family,
+    Imagined,
+    Projection,
+    WordRows,
+    collate_layouts,
+    expanded_offsets,
+)
 
 # A tower may hold a language model of its own.
 _LAYER = r"(?!.*vision_tower).*(language_model|text_model)\.layers\.\d+\."
@@ -31,31 +40,34 @@ class Kind(NamedTuple):
     """What the kinds of decoders differ in."""
 
     looks: Callable[[layouts.Size, Any, Any], layouts.Looks]
+    largest: Callable[[Any], largest.Largest]
     vision: tuple[str, str] = ("vision_tower", "multi_modal_projector")  # modules of `host.model`: tower, projector
     decoder: str = "language_model"
     # Whether the states of a batch's pictures are one tensor, and not a list of them.
     stacked: bool = False
+    # Whether masks are made by an input that says what is picture and what text.
+    typed: bool = False
     # Whether the processor takes the answer apart from the text, because the text is read both ways.
     suffix: bool = False
 
 
-_QWEN = Kind(layouts.native, ("visual", "visual.merger"))
-_IDEFICS = Kind(layouts.idefics3, ("vision_model", "connector"), "text_model")
+_QWEN = Kind(layouts.native, largest.megapixel, ("visual", "visual.merger"))
+_IDEFICS = Kind(layouts.idefics3, largest.idefics3, ("vision_model", "connector"), "text_model")
 # By `model_type`.
 KINDS = {
-    "llava": Kind(layouts.cropped),
-    "bidirectional_llava": Kind(layouts.cropped),
-    "llava_next": Kind(layouts.anyres),
-    "llava_onevision": Kind(layouts.anyres_max),
+    "llava": Kind(layouts.cropped, largest.square),
+    "bidirectional_llava": Kind(layouts.cropped, largest.square),
+    "llava_next": Kind(layouts.anyres, largest.canvas),
+    "llava_onevision": Kind(layouts.anyres_max, largest.canvas_max),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
     "qwen3_5": _QWEN,
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
-    "gemma3": Kind(layouts.whole, stacked=True),
-    "paligemma": Kind(layouts.whole, stacked=True, suffix=True),
-    "internvl": Kind(layouts.internvl, stacked=True),
+    "gemma3": Kind(layouts.whole, largest.square, stacked=True, typed=True),
+    "paligemma": Kind(layouts.whole, largest.square, stacked=True, typed=True, suffix=True),
+    "internvl": Kind(layouts.internvl, largest.internvl, stacked=True),
 }
 
 
@@ -186,8 +198,23 @@ class Decoder(Family):
 
     # ---- planning
 
+    def config(self, name: str) -> Any:
+        return published.config(name)
+
     def imagine(self, config: Any, b: int, tokens: int) -> Imagined:
-        raise NotImplementedError
+        """The inputs are real numbers, because these hosts compute with them: where the picture stands, and how large it is."""
+        picture = self.kind.largest(config)
+        n = picture.looks.tokens
+        ids = torch.ones(b, tokens + n, dtype=torch.long)
+        ids[:, 1 : 1 + n] = config.image_token_id
+        inputs = {name: torch.cat([value] * b) for name, value in picture.inputs.items()}
+        if "image_grid_thw" in inputs:
+            inputs["position_ids"] = torch.arange(tokens + n).expand(3, b, -1)
+        if self.kind.typed:
+            inputs["token_type_ids"] = (ids == config.image_token_id).long()
+        views = [layouts.layout(view, torch.arange(1, 1 + n), (0.0, 1.0, 0.0, 1.0)) for view in picture.looks.views]
+        together = [collate_layouts([view] * b).to("meta") for view in views]
+        return Imagined({"input_ids": ids, **inputs}, together, f"{n} tokens of a picture ({picture.about})")
 
 
 def flat(states: Any) -> Float[Tensor, "tokens c"]:

@@ -4,14 +4,12 @@ The plan runs the training step itself: host, adapters, Aligner, forward and bac
 tensors have shapes but no numbers, so it needs neither weights nor a GPU nor a network. Below autograd a `Ledger` is told of
 every tensor's storage. It adds up the bytes that are alive, and keeps the largest sum with its parts.
 
-Three things differ on a GPU and are imitated. scaled_dot_product_attention keeps there what its memory-efficient kernel
-keeps. Triton kernels are not launched. Autocast does not know `meta`, so float32 linear layers are cast to half precision here.
+What differs on a GPU is imitated (`pretending`).
 
 Not counted are what cuBLAS and the kernels need inside one call, copies of the adapters that autocast keeps for the rest of a
 forward, and the allocator's rounding. `RESERVE` is set aside for them. Texts are full (no padding). --cache_vision is ignored.
 """
 
-import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -22,10 +20,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from lavender_min import ops
 from lavender_min.geometry import MAP_SIDE
 from lavender_min.hosts import FAMILIES
 from lavender_min.hosts.base import Imagined
@@ -34,6 +31,7 @@ from lavender_min.hosts.reading import hook
 from lavender_min.tuning import runs
 from lavender_min.tuning.flags import ModelFlags
 from lavender_min.tuning.model import Lavender
+from lavender_min.tuning.pretending import pretend
 
 GIB = 2**30
 # GiB of each card, as torch reports them.
@@ -54,7 +52,15 @@ class Ledger(TorchDispatchMode):
         self.peaks: dict[str, Counter[str]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        if "meta" in devices:
+            # Token ids and sizes of pictures are real numbers, because hosts compute with them. Here they meet what has none.
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        if devices and "device" in kwargs:
+            # Moved elsewhere, a tensor keeps what numbers it has.
+            kwargs = kwargs | {"device": torch.device("meta" if "meta" in devices else "cpu")}
+        out = func(*args, **kwargs)
         tree_map_only(Tensor, self.add, out)
         return out
 
@@ -90,89 +96,6 @@ class Ledger(TorchDispatchMode):
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
-
-
-class TakeRows(torch.autograd.Function):
-    """x[mask] for a mask whose `count` of True nobody knows on `meta`. It saves for the backward what the real one saves."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, mask: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.shape = x.shape
-        return x.new_empty(count, *x.shape[mask.ndim :])
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient.new_empty(ctx.shape), None, None
-
-
-def cpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **rest):
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=rest.get("scale"))[0]
-
-
-def gpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **rest):
-    """Flash attention; with a mask the memory-efficient kernel, which copies a mask whose rows are not a multiple of 8 long."""
-    aten = torch.ops.aten
-    # As autocast does.
-    query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
-    if attn_mask is None:
-        return aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, scale=rest.get("scale")
-        )[0]
-    p = attn_mask.shape[-1]
-    if p % 8:
-        attn_mask = nn.functional.pad(attn_mask, (0, -p % 8))[..., :p]
-    attn_mask = attn_mask.expand(*query.shape[:3], p)
-    efficient = aten._scaled_dot_product_efficient_attention
-    return efficient(query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal, scale=rest.get("scale"))[
-        0
-    ]
-
-
-def is_mask(index: Any) -> bool:
-    return isinstance(index, Tensor) and index.dtype == torch.bool
-
-
-@contextlib.contextmanager
-def pretend(text: torch.Size, rows: int, half: torch.dtype | None) -> Iterator[None]:
-    """Inside this `with`, a step counts as one in `half` precision on a GPU, with autocast and Triton; with None, as one in
-    float32 on a CPU.
-
-    Some lines of a step depend on numbers, which are not there. So a mask over the text selects `rows` rows, a mask over words
-    selects all, and every condition holds.
-    """
-    functional, take, put, linear = nn.functional, Tensor.__getitem__, Tensor.__setitem__, nn.functional.linear
-
-    def take_rows(x: Tensor, index: Any) -> Tensor:
-        if not is_mask(index):
-            return take(x, index)
-        return TakeRows.apply(x, index, rows if index.shape == text else index.numel())
-
-    def autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if weight.dtype == torch.float32:
-            x, weight, bias = x.to(half), weight.to(half), None if bias is None else bias.to(half)
-        return linear(x, weight, bias)
-
-    with contextlib.ExitStack() as stack:
-        fake: list[tuple[Any, str, Any]] = [
-            (Tensor, "__getitem__", take_rows),
-            (Tensor, "__setitem__", lambda x, index, value: None if is_mask(index) else put(x, index, value)),
-            (Tensor, "__bool__", lambda _: True),
-            (functional, "scaled_dot_product_attention", gpu_attention if half else cpu_attention),
-            (ops, "choose_backend", lambda *_: "triton" if half else "torch"),
-            (torch, "is_autocast_enabled", lambda device="cuda": bool(half) and device == "cuda"),
-            (torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext()),
-            (Lavender, "matched", lambda self, predicted, ids, words: words.lengths > 0),
-        ]
-        if half:
-            from triton.runtime.jit import KernelInterface
-
-            fake.append((functional, "linear", autocast_linear))
-            fake.append((KernelInterface, "__getitem__", lambda *_: lambda *args, **kwargs: None))
-        for owner, name, stand_in in fake:
-            stack.enter_context(patch.object(owner, name, stand_in))
-        yield
 
 
 def empty_host(flags: ModelFlags, dtype: torch.dtype) -> Host:
@@ -221,7 +144,8 @@ def build(flags: ModelFlags, dtype: torch.dtype) -> Lavender:
 
 def make_batch(picture: Imagined, b: int, tokens: int, answer: int) -> dict[str, Any]:
     """A batch of full texts about imagined pictures; every token of the answer is labelled and a word of its own."""
-    ids = torch.empty(b, tokens, dtype=torch.long, device="meta")
+    # A picture that stands among the text brings token ids of its own.
+    ids = picture.inputs.get("input_ids", torch.empty(b, tokens, dtype=torch.long, device="meta"))
     rows = torch.empty(b * answer, dtype=torch.int32, device="meta")
     words = {
         "rows": rows,
@@ -232,7 +156,7 @@ def make_batch(picture: Imagined, b: int, tokens: int, answer: int) -> dict[str,
         "targets": torch.empty(b * answer, MAP_SIDE, MAP_SIDE, device="meta"),
         "views": [list(view) for view in picture.views],
     }
-    return {"input_ids": ids, **picture.inputs, "labels": torch.empty_like(ids), "words": words}
+    return {"input_ids": ids, **picture.inputs, "labels": torch.empty_like(ids, device="meta"), "words": words}
 
 
 def held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
