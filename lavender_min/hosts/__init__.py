@@ -9,6 +9,10 @@
     layouts.py     where their patches lie
     flamingo.py    Flamingo as Idefics has it: text that looks at latents
 
+    architectures.py  two models of our own, which transformers learns to load
+    assemble.py       a new host from a SigLIP and a language model
+    perceiver.py      the same with a small VLM in place of the SigLIP
+
 To add a family: subclass `base.Family` in a file of its own, and add its row below (docs/extending.md).
 """
 
@@ -26,6 +30,7 @@ _DECODER = "lavender_min.hosts.decoder:Decoder"
 FAMILIES = {
     "mllama": FamilyRow("lavender_min.hosts.mllama:Mllama", "Llama 3.2 Vision: cross-attention over tiles"),
     "llava": FamilyRow(_DECODER, "LLaVA 1.5: one square, cropped"),
+    "bidirectional_llava": FamilyRow(_DECODER, "LLaVA on SigLIP and Qwen2, its picture seen both ways"),
     "llava_next": FamilyRow(_DECODER, "LLaVA-NeXT (1.6): a thumbnail, then tiles"),
     "llava_onevision": FamilyRow(_DECODER, "LLaVA-OneVision: a thumbnail, then tiles, with a limit"),
     "qwen2_vl": FamilyRow(_DECODER, "Qwen2-VL: the picture's own shape"),

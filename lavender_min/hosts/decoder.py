@@ -30,7 +30,8 @@ from lavender_min.hosts.base import (
     expanded_offsets,
 )
 
-_LAYER = r".*(language_model|text_model)\.layers\.\d+\."
+# A tower may hold a language model of its own.
+_LAYER = r"(?!.*vision_tower).*(language_model|text_model)\.layers\.\d+\."
 # What the tower takes, of all kinds.
 TOWER_INPUTS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images", "image_grid_thw")
 
@@ -55,6 +56,7 @@ _IDEFICS = Kind(layouts.idefics3, largest.idefics3, ("vision_model", "connector"
 # By `model_type`.
 KINDS = {
     "llava": Kind(layouts.cropped, largest.square),
+    "bidirectional_llava": Kind(layouts.cropped, largest.square),
     "llava_next": Kind(layouts.anyres, largest.canvas),
     "llava_onevision": Kind(layouts.anyres_max, largest.canvas_max),
     "qwen2_vl": _QWEN,

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
+# For what it registers: folders of our own two models then load as all others do.
+import lavender_min.hosts.architectures  # noqa: F401
 from lavender_min import hub
 from lavender_min.failing import naming
 from lavender_min.hosts import FAMILIES, processors

@@ -38,14 +38,7 @@ def train(argv: list[str]) -> int:
     unknown = [word for word in rest if word.startswith("--") and word.split("=")[0] not in known]
     if unknown:
         raise ValueError(f"there is no flag {unknown[0]} (see {PROG} --help)")
-    if flags.help_training or flags.plan:
-        found = parts.Parts([], [])
-    else:
-        found = parts.load(flags)
-        if not flags.plain and not Path(flags.maps).exists():
-            raise FileNotFoundError(
-                f"no maps in {flags.maps}; make them first: python extract.py --data {flags.data} --maps {flags.maps}"
-            )
+    found = parts.Parts([], []) if flags.help_training or flags.plan else examples(flags)
 
     from lavender_min.tuning import arguments, memory, tune
 
@@ -54,6 +47,16 @@ def train(argv: list[str]) -> int:
         print(memory.describe(flags.of_model, training_args))
         return 0
     return tune.run(flags, training_args, found)
+
+
+def examples(flags: Flags) -> parts.Parts:
+    """The data. Raises OSError or ValueError, in one line, if it, or its maps, are not there."""
+    found = parts.load(flags)
+    if not flags.plain and not Path(flags.maps).exists():
+        raise FileNotFoundError(
+            f"no maps in {flags.maps}; make them first: python extract.py --data {flags.data} --maps {flags.maps}"
+        )
+    return found
 
 
 def trainer_flags() -> list[str]:

@@ -13,6 +13,8 @@ from lavender_min.cli import flag
 from lavender_min.hosts import FAMILIES
 
 MODES = ("qlora", "lora", "full")
+# What --train_only may name, beside a regular expression.
+COMPONENTS = ("vision", "projector", "language")
 MATCHES = ("exact", "all")
 ATTEND = ("predicting", "reading")
 LATENTS = ("lifted", "reshape")
@@ -30,6 +32,11 @@ class ModelFlags:
     lora_alpha: int = flag(32, "their scale, times their rank")
     lora_dropout: float = flag(0.05, "their dropout")
     lora_targets: str = flag("cross", "cross, language, released, or a regular expression over the host's modules")
+    train_only: str = flag(
+        "",
+        "with --full: what of the host trains, of vision, projector, language (several with commas), or a regular expression over "
+        "its parameters (default: all of it)",
+    )
     plain: bool = flag(False, "fine-tune without alignment: the baseline")
     aggregate: str = flag(
         "learn",
@@ -68,10 +75,14 @@ class ModelFlags:
         cli.between(0, math.inf, lambda_att=self.lambda_att)
         if self.align_layers:
             layers.check(self.align_layers)
-        try:
-            re.compile(self.lora_targets)
-        except re.error as error:
-            raise ValueError(f"--lora_targets {self.lora_targets} is no regular expression: {error}") from None
+        if self.train_only and self.mode != "full":
+            raise ValueError(f"--train_only {self.train_only} goes with --full; adapters are placed by --lora_targets")
+        for name in ("lora_targets", "train_only"):
+            value = getattr(self, name)
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"--{name} {value} is no regular expression: {error}") from None
 
 
 @dataclass

@@ -22,7 +22,7 @@ from lavender_min.align.aligner import Align
 from lavender_min.failing import naming, read_json, shaped
 from lavender_min.hosts.base import Family
 from lavender_min.hosts.load import Host, load
-from lavender_min.tuning.flags import ModelFlags
+from lavender_min.tuning.flags import COMPONENTS, ModelFlags
 from lavender_min.tuning.model import Lavender, read_layers
 
 ALIGN_FILE = "lavender.safetensors"
@@ -47,6 +47,8 @@ def build(
     family = family.with_latents(flags.latents)
     attentions = read_layers(family, host, flags.align_layers)
     host.requires_grad_(flags.mode == "full")
+    if flags.train_only:
+        freeze_others(host, family, flags.train_only)
     align = None
     if not flags.plain:
         # A projection that trains is no base for a correction.
@@ -87,6 +89,26 @@ def with_adapters(host: Any, family: Family, flags: ModelFlags) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(host, config)
+
+
+def freeze_others(host: Any, family: Family, wanted: str) -> None:
+    """Freezes what `wanted` (--train_only) does not name. Raises ValueError if it names nothing of the host."""
+    *tower, projector = family.vision(host)
+    # The projector may be a part of the tower; what is neither is the language model's.
+    component = {parameter: "language" for parameter in host.parameters()}
+    component |= {parameter: "vision" for module in tower for parameter in module.parameters()}
+    component |= {parameter: "projector" for parameter in projector.parameters()}
+    names = wanted.split(",")
+    by_component = set(names) <= set(COMPONENTS)
+    trained = False
+    for name, parameter in host.named_parameters():
+        chosen = component[parameter] in names if by_component else bool(re.fullmatch(wanted, name))
+        parameter.requires_grad_(chosen)
+        trained |= chosen
+    if not trained:
+        raise ValueError(
+            f"--train_only {wanted} names no parameter of the host, and is none of {', '.join(COMPONENTS)}"
+        )
 
 
 def load_align(model: Lavender, folder: str | Path) -> None:

@@ -23,6 +23,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from lavender_min.data import CAPTION_PROMPT
+from lavender_min.hosts.architectures import BidirectionalLlavaConfig
 from lavender_min.toy import data
 from lavender_min.toy.models import learn_merges
 
@@ -193,6 +194,13 @@ KINDS = {
         "{% for message in messages %}{{ message['role'].upper() + ': ' }}" + _IMAGES + "{{ '<image>\n' }}" + _TEXTS
         + "{{ part['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
         ["<image>"], "</s>", "<s>",
+    ),
+    "bidirectional_llava": Kind(
+        lambda t: hf.LlavaProcessor(siglip_images(), t, patch_size=PATCH, vision_feature_select_strategy="full"),
+        lambda p: BidirectionalLlavaConfig(
+            vision_config=siglip(), text_config=text(p, "qwen2"), image_seq_length=16, **ids(p, image="<image>")
+        ),
+        chatml("{{ '<image>\n' }}"), ["<|im_start|>", "<|im_end|>", "<image>"], "<|im_end|>",
     ),
     "llava_next": Kind(
         lambda t: hf.LlavaNextProcessor(LlavaNextImageProcessorPil(**CROPPED, image_grid_pinpoints=PINPOINTS), t, **LLAVA),
