@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForImageTextToText
 
 from lavender_min.evaluation import command as evaluation_command
+from lavender_min.evaluation import own_picture
 from lavender_min.hosts.flamingo import IDEFICS_9B, Flamingo, Reshaped
 from lavender_min.hosts.load import load
 from lavender_min.maps import MapStore
@@ -189,8 +190,10 @@ assert "image" in processor.tokenizer.chat_template
 
 
 @pytest.fixture
-def tuned(folder, store_folder, tmp_path, capsys):
+def tuned(folder, store_folder, tmp_path, capsys, monkeypatch):
     """Two steps of train.py with the vision cache, and evaluate.py on one's own picture: the run's folder."""
+    # An untrained host finds no end, and every word is drawn.
+    monkeypatch.setattr(own_picture, "LONGEST", 16)
 
     def make(*more):
         run, picture = tmp_path / "run", tmp_path / "one.png"
