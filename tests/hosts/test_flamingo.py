@@ -64,7 +64,7 @@ def last_rows(host, size, ids):
 
 
 def sink_of(family, words, parallel=None):
-    return Sink(family, words, True, parallel, lambda maps: maps)
+    return Sink(family, words, LAYERS, parallel, lambda maps: maps)
 
 
 @torch.no_grad()

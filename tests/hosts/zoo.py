@@ -25,7 +25,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from lavender_min.data import CAPTION_PROMPT
 from lavender_min.hosts.architectures import BidirectionalLlavaConfig
 from lavender_min.toy import data
-from lavender_min.toy.models import learn_merges
+from lavender_min.toy.tokenizers import learn_merges
 
 # Pixels of a tile and of a patch: 4 × 4 patches a tile.
 TILE, PATCH = 56, 14
