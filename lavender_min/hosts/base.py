@@ -80,6 +80,8 @@ class Family(ABC):
     align_layers: ClassVar[str] = "all"
     # Which part of the config routes the text model's attention (`set_attn_implementation`); "" is the config itself.
     attention_config: ClassVar[str] = "text_config"
+    # For hosts whose processor brings none.
+    chat_template: str | None = None
 
     def __init__(self, model_type: str = ""):
         """`model_type` is what the hosts' config.json says; it matters to a family of several kinds."""

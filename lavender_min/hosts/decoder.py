@@ -49,8 +49,15 @@ class Kind(NamedTuple):
     typed: bool = False
     # Whether the processor takes the answer apart from the text, because the text is read both ways.
     suffix: bool = False
+    chat_template: str | None = None
 
 
+# PaliGemma's processors bring none. What it was tuned with: the picture, a question, a newline, the answer.
+_PALIGEMMA = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{{ '\n' if message['role'] == 'user' else '<eos>' }}{% endfor %}"
+)
 _QWEN = Kind(layouts.native, largest.megapixel, ("visual", "visual.merger"))
 _IDEFICS = Kind(layouts.idefics3, largest.idefics3, ("vision_model", "connector"), "text_model")
 # By `model_type`.
@@ -66,7 +73,7 @@ KINDS = {
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "gemma3": Kind(layouts.whole, largest.square, stacked=True, typed=True),
-    "paligemma": Kind(layouts.whole, largest.square, stacked=True, typed=True, suffix=True),
+    "paligemma": Kind(layouts.whole, largest.square, stacked=True, typed=True, suffix=True, chat_template=_PALIGEMMA),
     "internvl": Kind(layouts.internvl, largest.internvl, stacked=True),
 }
 
@@ -85,12 +92,21 @@ class Decoder(Family):
     def __init__(self, model_type: str):
         super().__init__(model_type)
         self.name, self.kind = model_type, KINDS[model_type]
+        self.chat_template = self.kind.chat_template
 
     # ---- attention
 
     def layers(self, host: Any) -> dict[int, Any]:
-        """Those whose attention is full. A window may be too short to reach the picture; linear attention has no map."""
+        """Those whose attention is full. A window may be too short to reach the picture; linear attention has no map.
+
+        Raises ValueError for a text model whose scores are capped, as Gemma 2's in PaliGemma 2.
+        """
         decoder = self.decoder(host)
+        if getattr(decoder.config, "attn_logit_softcapping", None):
+            raise ValueError(
+                f"its text model ({decoder.config.model_type}) caps its attention scores, which scaled_dot_product_attention "
+                "does not; take PaliGemma 1, or another family"
+            )
         types = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
         return {i: decoder.layers[i].self_attn for i, kind in enumerate(types) if kind == "full_attention"}
 

@@ -39,6 +39,7 @@ def load(name: str, quantize: bool = False, dtype: torch.dtype = torch.float32) 
     """
     with naming(f"--vlm {name}"):
         host = read(name, quantize, dtype)
+        host.processor.chat_template = host.processor.chat_template or host.family.chat_template
         try_out(host)
         hook(host.model, host.family)
     return host

@@ -180,7 +180,7 @@ def test_collated_layouts_keep_their_pictures():
 
 def test_a_family_without_a_host_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="is a llama; this package tunes mllama"):
+    with pytest.raises(ValueError, match="is a llama; this package tunes mllama, llava"):
         load.load(str(tmp_path))
 
 
