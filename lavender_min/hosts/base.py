@@ -74,13 +74,11 @@ class Family(ABC):
     picture_inputs: ClassVar[tuple[str, ...]]
     # Regular expressions over module names, by the names that --lora_targets takes.
     lora_targets: ClassVar[Mapping[str, str]]
-    # For hosts that come without one.
-    chat_template: ClassVar[str | None] = None
     # What --align_layers is when nothing is said. Where one layer in five sees the picture, as in the paper's Llama, all are read.
     align_layers: ClassVar[str] = "all"
     # Which part of the config routes the text model's attention (`set_attn_implementation`); "" is the config itself.
     attention_config: ClassVar[str] = "text_config"
-    # For hosts whose processor brings none.
+    # For hosts whose files hold none.
     chat_template: str | None = None
 
     def __init__(self, model_type: str = ""):

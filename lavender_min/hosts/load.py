@@ -59,8 +59,6 @@ def read(name: str, quantize: bool, dtype: torch.dtype) -> Host:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         family = family_of(name, config.model_type)
         processor = processors.load(name)
-        # Some hosts come without a template of turns.
-        processor.chat_template = processor.chat_template or family.chat_template
         extra = {}
         if quantize:
             extra["quantization_config"] = BitsAndBytesConfig(
