@@ -142,3 +142,12 @@ def test_the_shared_flags_stand_once():
         assert "\n. experiments/flags.sh\n" in text and "$TUNING" in text and "$MAPS" in text
         assert not flags & set(re.findall(r"--\w+", text)), script
         assert subprocess.run(["sh", "-n", folder / script]).returncode == 0
+
+
+def test_every_row_about_the_released_code_names_a_test_that_is_there():
+    page = (ROOT / "docs" / "released.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 9
+    for row in rows:
+        [named] = re.findall(r"`(tests/\S+\.py)::(test_\w+)` \|$", row)
+        assert f"def {named[1]}(" in (ROOT / named[0]).read_text(encoding="utf-8")
