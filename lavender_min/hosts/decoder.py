@@ -5,6 +5,7 @@ keys of its self-attention are text and patches together, causally masked (Gemma
 keys are rotated by position. The kinds differ in where patches lie (`layouts`), and in the few points of `KINDS`.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ _PALIGEMMA = (
     "{{ '\n' if message['role'] == 'user' else '<eos>' }}{% endfor %}"
 )
 _QWEN = Kind(layouts.native, largest.megapixel, ("visual", "visual.merger"))
-_IDEFICS = Kind(layouts.idefics3, largest.idefics3, ("vision_model", "connector"), "text_model")
+_IDEFICS = Kind(layouts.idefics3, largest.idefics3, ("vision_model", "connector"), "text_model", stacked=True)
 # By `model_type`.
 KINDS = {
     "llava": Kind(layouts.cropped, largest.square),
@@ -203,10 +204,14 @@ class Decoder(Family):
         cached = inputs.pop("picture_states", None)
         if cached is None:
             return super().hidden_states(host, inputs, sink)
-        joined = {name: [of[name] for of in cached] for name in cached[0]}
-        states = joined.pop("states")
+        deep = {name: [of[name] for of in cached] for name in cached[0]}
+        states = deep.pop("states")
+        # Those of Qwen 3's further layers come picture by picture since models take picture states as an input.
+        apart = "mm_encoder_outputs" in inspect.signature(host.model.forward).parameters
         found = SimpleNamespace(
-            pooler_output=torch.cat(states) if self.kind.stacked else states, deepstack_features=list(joined.values())
+            # Stacked tile by tile; here every token is a tile.
+            pooler_output=torch.cat(states)[:, None] if self.kind.stacked else states,
+            deepstack_features=[of if apart else torch.cat(of) for of in deep.values()],
         )
         # The model asks for features only if there are pixels.
         inputs["pixel_values"] = states[0]

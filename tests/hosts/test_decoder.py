@@ -146,8 +146,7 @@ def test_padded_and_unpadded_texts_are_read_alike(hooked, examples):
     assert start == len(together.words.rows)
 
 
-@pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize(("rank", "together"), [(0, True), (8, False)])
 def test_parallel_attention_starts_as_the_hosts_own(folder, examples, rank, together):
     """Norms, rotation and mask included: the maps of the parallel projections are the host's own at the start."""
     host = host_of(folder)
