@@ -140,17 +140,18 @@ class Lavender(nn.Module):
             maps["aligned"] = minmax(self.align.aligner.predict(self.word_maps(self.align, sink)))
         return maps
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options) -> None:
         """Non-reentrant only: the reentrant kind drops the gradient of a tensor that leaves through the sink.
 
         It also makes every embedding's output require gradients, the vision patches' too, so that a frozen vision tower would
         build a graph; the non-reentrant kind does not need that.
         """
-        self.base.gradient_checkpointing_enable({**(gradient_checkpointing_kwargs or {}), "use_reentrant": False})
+        kwargs = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        self.base.gradient_checkpointing_enable(kwargs, **options)
         self.base.disable_input_require_grads()
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **options) -> None:
-        """The same under the name, and with the options, that newer versions of transformers give it."""
+        """The same under the name that newer versions of transformers give it."""
         kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
         self.base.activation_checkpointing_enable(kwargs, **options)
         self.base.disable_input_require_grads()
