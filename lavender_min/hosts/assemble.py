@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -27,6 +26,7 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from lavender_min import cli, hub
 from lavender_min.failing import naming
@@ -73,11 +73,15 @@ def siglip(name: str) -> tuple[Any, Any]:
     """(tower, its image processor) of a SigLIP, without the head that pools its patches."""
     with naming(f"--vision {name}"):
         hub.ask(name, "config.json")
-        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-        if kind not in ("siglip", "siglip_vision_model"):
-            raise ValueError(f"expected a SigLIP, found a {kind}")
-        tower = SiglipVisionModel.from_pretrained(name, dtype="auto", vision_use_head=False)
-        return tower, AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if config.model_type not in ("siglip", "siglip_vision_model"):
+            raise ValueError(f"expected a SigLIP, found a {config.model_type}")
+        # Published ones hold a text model beside it.
+        config = getattr(config, "vision_config", config)
+        config.vision_use_head = False
+        tower = SiglipVisionModel.from_pretrained(name, config=config, dtype="auto")
+        # The kind that needs no torchvision.
+        return tower, SiglipImageProcessorPil.from_pretrained(name)
 
 
 def assemble(tower: Any, images: Any, llm: str, out: Path, config_class: type[LlavaConfig] = LlavaConfig) -> None:

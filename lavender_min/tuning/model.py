@@ -161,7 +161,7 @@ class Lavender(nn.Module):
         self.base.disable_input_require_grads()
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **options) -> None:
-        """The same under the name, and with the options, that newer versions of transformers give it."""
+        """The same under the name that newer versions of transformers give it."""
         kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
         self.base.activation_checkpointing_enable(kwargs, **options)
         self.base.disable_input_require_grads()
