@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText
 from lavender_min import cli
 from lavender_min.failing import naming, read_json, shaped
 from lavender_min.hosts import processors
+from lavender_min.hosts.load import family_of
 from lavender_min.tuning import runs
 
 PROG = "export"
@@ -50,6 +51,8 @@ def export(folder: Path, out: Path) -> None:
     with naming(base):
         host = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", trust_remote_code=False)
         processor = processors.load(base)
+        # PaliGemma's files hold no chat template: the one that it is tuned with goes along.
+        processor.chat_template = processor.chat_template or family_of(base, host.config.model_type).chat_template
     if base != str(folder):
         with naming(folder):
             host = PeftModel.from_pretrained(host, str(folder)).merge_and_unload(safe_merge=True)

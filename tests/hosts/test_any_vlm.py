@@ -28,6 +28,8 @@ from lavender_min.tuning.collator import Collator, MappedExamples
 # One of each make: native resolution, tiles beside a thumbnail, an answer that is read apart from the question.
 FAST = ["qwen2_5_vl", "smolvlm", "paligemma"]
 REST = [kind for kind in zoo.KINDS if kind not in FAST]
+# Kinds of our own are known to transformers only where this package is.
+PUBLISHED = [kind for kind in REST if kind != "bidirectional_llava"]
 
 ELSEWHERE = """
 import sys
@@ -48,6 +50,7 @@ class Tuned(NamedTuple):
     run: Path
     drawing: Path
     exported: Path
+    processor: Any  # that the texts of the run went through
     # Of three texts about two pictures.
     inputs: dict[str, Any]
     logits: torch.Tensor  # of the run
@@ -105,7 +108,7 @@ def tuned(pictures, maps, tmp_path_factory):
             with model.host.disable_adapter():
                 untuned = model.host(**inputs).logits
         torch.save(inputs, where / "inputs.pt")
-        return Tuned(host, run, where / "wide.png", out, inputs, logits, untuned)
+        return Tuned(host, run, where / "wide.png", out, processor, inputs, logits, untuned)
 
     return make
 
@@ -124,8 +127,7 @@ def test_every_command_does_its_part(tuned, pictures, kind):
     picture = data.open_image(pictures / "high.png")
     said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
     found = []
-    for folder in (made.host, made.exported):
-        processor = processors.load(str(folder))
+    for processor in (made.processor, processors.load(str(made.exported))):
         text = processor.apply_chat_template(said, add_generation_prompt=True)
         found.append((text, processor(text=[text], images=[[picture]], return_tensors="pt")))
     (text, before), (text_after, after) = found
@@ -133,7 +135,7 @@ def test_every_command_does_its_part(tuned, pictures, kind):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("kinds", [FAST, pytest.param(REST, marks=pytest.mark.slow)], ids=["fast", "rest"])
+@pytest.mark.parametrize("kinds", [FAST, pytest.param(PUBLISHED, marks=pytest.mark.slow)], ids=["fast", "rest"])
 def test_exported_folders_answer_alike_where_the_package_is_unknown(tuned, tmp_path, kinds):
     made = [tuned(kind) for kind in kinds]
     argv = [sys.executable, "-c", ELSEWHERE, *(str(one.exported) for one in made)]
