@@ -5,7 +5,7 @@ RUN = .venv/bin/python
 # One thread a process: two processes of spinning threads on two cores are five times slower.
 TEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest
 .DELETE_ON_ERROR:
-.PHONY: venv demo seeds test test-all bench gpu results lint kernels clean
+.PHONY: venv demo seeds hosts test test-all bench gpu results lint kernels clean
 
 venv: .venv/done
 .venv/done: pyproject.toml constraints.txt
@@ -18,6 +18,9 @@ demo: venv            ## the whole way on the toy world: maps, plain and Lavende
 
 seeds: venv           ## the same over three seeds, with intervals
 	sh experiments/seeds.sh
+
+hosts: venv           ## every kind of toy host over three seeds, in one table
+	sh experiments/hosts.sh
 
 test: venv lint       ## everything that runs in minutes
 	$(TEST) -n $(JOBS)

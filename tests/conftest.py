@@ -42,11 +42,11 @@ def run_script(*args, **env) -> subprocess.CompletedProcess:
 def vlm_folder(tmp_path_factory):
     """A small Mllama with random weights whose gates are open, and its processor."""
     from lavender_min.data import CAPTION_PROMPT
-    from lavender_min.toy import data, models
+    from lavender_min.toy import data, hosts
 
     torch.manual_seed(0)
     lines = [f"{e.question} {e.answer}" for e in data.load("tune", 100)] + [f"{CAPTION_PROMPT} user assistant"]
-    model, processor = models.mllama(lines * 3)
+    model, processor, *_ = hosts.mllama(lines * 3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("_gate"):

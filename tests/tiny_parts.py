@@ -8,7 +8,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from lavender_min.data import CAPTION_PROMPT
 from lavender_min.toy import data
-from lavender_min.toy.models import learn_merges
+from lavender_min.toy.tokenizers import learn_merges
 
 # Qwen2's own: a system's turn comes first unless there is one, and contents are texts.
 CHATML = (

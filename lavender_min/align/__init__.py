@@ -1,5 +1,6 @@
 """From a host's attention to one map a word that can be held against a teacher's.
 
+    layers.py     which layers are read (`--align_layers`)
     parallel.py   projections of our own beside the host's (`--aggregate learn`)
     aggregate.py  many layers and heads ─► a few channels
     aligner.py    a few channels ─► one map, and the loss; `Align` holds all three

@@ -67,7 +67,7 @@ class Align(nn.Module):
     """All that is trained beside the host: parallel attention (if the aggregation reads it) and the Aligner."""
 
     def __init__(self, attentions: Mapping[int, Any], heads: int, aggregation: str = "learn", rank: int = 0, **aligner):
-        """`attentions`: the host's layers that see the picture, by index, each with so many query `heads`."""
+        """`attentions`: the host's layers that are read (see `layers`), by index, each with so many query `heads`."""
         super().__init__()
         self.how = aggregate.aggregation(aggregation)
         self.parallel = None

@@ -121,7 +121,7 @@ SOURCES = {
     ),
     "folder": Source("lavender_min.data.folder", ("root", "captions")),
     "toy": Source(
-        "lavender_min.toy.data", ("split",), sd=str(_TOY / "sd"), vlm=str(_TOY / "vlm"), measured_split="heldout"
+        "lavender_min.toy.data", ("split",), sd=str(_TOY / "sd"), vlm=str(_TOY / "mllama"), measured_split="heldout"
     ),
 }
 

@@ -167,13 +167,20 @@ def recall_all(plain: list[str], lavender: list[str]) -> list[Finished]:
 
 
 def base_of(finished: list[Finished]) -> ModelFlags | None:
-    """The flags of the first run, None if there is no run; all runs must have tuned its host in its way."""
+    """The flags of the first run, None if there is no run; all runs must have tuned its host in its way,
+    and must be read in its layers.
+    """
     for run in finished:
         first = finished[0]
         if (run.flags.vlm, run.flags.mode) != (first.flags.vlm, first.flags.mode):
             raise ValueError(
                 f"{run.report.folder} tuned {run.flags.vlm} by {run.flags.mode}, "
                 f"{first.report.folder} {first.flags.vlm} by {first.flags.mode}"
+            )
+        if run.flags.align_layers != first.flags.align_layers:
+            raise ValueError(
+                f"{run.report.folder} has --align_layers {run.flags.align_layers!r}, {first.report.folder} has "
+                f"{first.flags.align_layers!r}: compared models must be read in the same layers"
             )
     return finished[0].flags if finished else None
 

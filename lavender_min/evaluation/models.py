@@ -48,7 +48,8 @@ def load(flags: ModelFlags, dtype: torch.dtype, trained: str | None = None) -> L
     if trained is not None:
         return Loaded(*runs.build(flags, dtype, trained=trained), flags.attend)
     host, processor, family = load_host(flags.vlm, quantize=flags.mode == "qlora", dtype=dtype)
-    return Loaded(Lavender(host, family), processor, flags.attend)
+    lavender = Lavender(host, family.with_latents(flags.latents), align_layers=flags.align_layers)
+    return Loaded(lavender, processor, flags.attend)
 
 
 def load_adapter(vlm: str | None, adapter: str | None, dtype: torch.dtype) -> Loaded:

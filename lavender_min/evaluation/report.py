@@ -33,7 +33,7 @@ EXPLAINED = (
     "lies on the thing the word names. *Mass*: the share of the map that does. *Entropy*: how spread out the map is, at "
     "most ln 1024 = 6.93. *MSE*: the squared error of the model's map against Stable Diffusion's of the same word, and "
     "against those of words for other things in the same picture (both maps stretched to 0 … 1; own below others: "
-    "the map is this word's). Maps of a vision-language model are its own cross-attention, mean over layers and heads; "
+    "the map is this word's). Maps of a vision-language model are its own attention to the picture, mean over layers and heads; "
     "“through the Aligner” is what the training compares with Stable Diffusion, made by networks that are left "
     "behind after training (stretched to 0 … 1, which lifts its mass and lowers its entropy)."
 )

@@ -1,11 +1,14 @@
 """The vision-language models that can be tuned. A *host* is one of them, loaded; a *family* says what hosts of one kind share.
 
-    base.py     what a family must say (`Family`): the only knowledge of model classes in the package
-    reading.py  how a host's attention is read while it runs, the same for every family
-    load.py     a hub id or folder ─► `Host`: model, processor, family
-    mllama.py   Llama 3.2 Vision
-    decoder.py  LLaVA, Qwen-VL, SmolVLM, Gemma 3 and other hosts whose picture stands among the text
-    layouts.py  where their patches lie
+    base.py        what a family must say (`Family`): the only knowledge of model classes in the package
+    reading.py     how a host's attention is read while it runs, the same for every family
+    load.py        a hub id or folder ─► `Host`: model, processor, family
+    processors.py  its processor, also where it cannot be built whole
+    mllama.py      Llama 3.2 Vision
+    decoder.py     LLaVA, Qwen-VL, SmolVLM, Gemma 3 and other hosts whose picture stands among the text
+    layouts.py     where their patches lie
+    largest.py     for the planner: their largest pictures; published.py: configs of published models
+    flamingo.py    Flamingo as Idefics has it: text that looks at latents
 
     architectures.py  two models of our own, which transformers learns to load
     assemble.py       a new host from a SigLIP and a language model
@@ -38,6 +41,7 @@ FAMILIES = {
     "idefics3": FamilyRow(_DECODER, "Idefics 3: tiles, then a thumbnail"),
     "smolvlm": FamilyRow(_DECODER, "SmolVLM and SmolVLM2: as Idefics 3"),
     "gemma3": FamilyRow(_DECODER, "Gemma 3: one square; every sixth layer sees far"),
-    "paligemma": FamilyRow(_DECODER, "PaliGemma 1 and 2: one square, read both ways together with the question"),
+    "paligemma": FamilyRow(_DECODER, "PaliGemma (not 2): one square, read both ways together with the question"),
     "internvl": FamilyRow(_DECODER, "InternVL 2 to 3.5: tiles, then a thumbnail"),
+    "idefics": FamilyRow("lavender_min.hosts.flamingo:Flamingo", "Idefics: Flamingo, cross-attention over latents"),
 }

@@ -74,8 +74,12 @@ class Family(ABC):
     picture_inputs: ClassVar[tuple[str, ...]]
     # Regular expressions over module names, by the names that --lora_targets takes.
     lora_targets: ClassVar[Mapping[str, str]]
-    # Which part of the config routes the text model's attention (`set_attn_implementation`).
+    # What --align_layers is when nothing is said. Where one layer in five sees the picture, as in the paper's Llama, all are read.
+    align_layers: ClassVar[str] = "all"
+    # Which part of the config routes the text model's attention (`set_attn_implementation`); "" is the config itself.
     attention_config: ClassVar[str] = "text_config"
+    # For hosts whose files hold none.
+    chat_template: str | None = None
 
     def __init__(self, model_type: str = ""):
         """`model_type` is what the hosts' config.json says; it matters to a family of several kinds."""
@@ -100,6 +104,12 @@ class Family(ABC):
         """Queries of the rows in `words` and all keys, made by projections of ours and else as the layer itself makes them:
         the same norms, the same rotation. `layer_inputs` are the keyword arguments that the layer was called with.
         """
+
+    def with_latents(self, how: str) -> "Family":
+        """This family as --latents wants it. Raises ValueError if that says how to read latents that its hosts do not have."""
+        if how != "lifted":
+            raise ValueError(f"--latents {how} is for hosts that look at a resampler's latents; a {self.name} has none")
+        return self
 
     # ---- the picture
 

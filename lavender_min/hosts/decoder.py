@@ -5,6 +5,7 @@ keys of its self-attention are text and patches together, causally masked (Gemma
 keys are rotated by position. The kinds differ in where patches lie (`layouts`), and in the few points of `KINDS`.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
@@ -49,10 +50,17 @@ class Kind(NamedTuple):
     typed: bool = False
     # Whether the processor takes the answer apart from the text, because the text is read both ways.
     suffix: bool = False
+    chat_template: str | None = None
 
 
+# PaliGemma's processors bring none. What it was tuned with: the picture, a question, a newline, the answer.
+_PALIGEMMA = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{{ '\n' if message['role'] == 'user' else '<eos>' }}{% endfor %}"
+)
 _QWEN = Kind(layouts.native, largest.megapixel, ("visual", "visual.merger"))
-_IDEFICS = Kind(layouts.idefics3, largest.idefics3, ("vision_model", "connector"), "text_model")
+_IDEFICS = Kind(layouts.idefics3, largest.idefics3, ("vision_model", "connector"), "text_model", stacked=True)
 # By `model_type`.
 KINDS = {
     "llava": Kind(layouts.cropped, largest.square),
@@ -66,7 +74,7 @@ KINDS = {
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "gemma3": Kind(layouts.whole, largest.square, stacked=True, typed=True),
-    "paligemma": Kind(layouts.whole, largest.square, stacked=True, typed=True, suffix=True),
+    "paligemma": Kind(layouts.whole, largest.square, stacked=True, typed=True, suffix=True, chat_template=_PALIGEMMA),
     "internvl": Kind(layouts.internvl, largest.internvl, stacked=True),
 }
 
@@ -80,16 +88,26 @@ class Decoder(Family):
         # The choice of the paper's code.
         "released": _LAYER + r"self_attn\.[qv]_proj",
     }
+    align_layers = "every-5"
 
     def __init__(self, model_type: str):
         super().__init__(model_type)
         self.name, self.kind = model_type, KINDS[model_type]
+        self.chat_template = self.kind.chat_template
 
     # ---- attention
 
     def layers(self, host: Any) -> dict[int, Any]:
-        """Those whose attention is full. A window may be too short to reach the picture; linear attention has no map."""
+        """Those whose attention is full. A window may be too short to reach the picture; linear attention has no map.
+
+        Raises ValueError for a text model whose scores are capped, as Gemma 2's in PaliGemma 2.
+        """
         decoder = self.decoder(host)
+        if getattr(decoder.config, "attn_logit_softcapping", None):
+            raise ValueError(
+                f"its text model ({decoder.config.model_type}) caps its attention scores, which scaled_dot_product_attention "
+                "does not; take PaliGemma 1, or another family"
+            )
         types = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
         return {i: decoder.layers[i].self_attn for i, kind in enumerate(types) if kind == "full_attention"}
 
@@ -186,10 +204,14 @@ class Decoder(Family):
         cached = inputs.pop("picture_states", None)
         if cached is None:
             return super().hidden_states(host, inputs, sink)
-        joined = {name: [of[name] for of in cached] for name in cached[0]}
-        states = joined.pop("states")
+        deep = {name: [of[name] for of in cached] for name in cached[0]}
+        states = deep.pop("states")
+        # Those of Qwen 3's further layers come picture by picture since models take picture states as an input.
+        apart = "mm_encoder_outputs" in inspect.signature(host.model.forward).parameters
         found = SimpleNamespace(
-            pooler_output=torch.cat(states) if self.kind.stacked else states, deepstack_features=list(joined.values())
+            # Stacked tile by tile; here every token is a tile.
+            pooler_output=torch.cat(states)[:, None] if self.kind.stacked else states,
+            deepstack_features=[of if apart else torch.cat(of) for of in deep.values()],
         )
         # The model asks for features only if there are pixels.
         inputs["pixel_values"] = states[0]

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
 # For what it registers: folders of our own two models then load as all others do.
 import lavender_min.hosts.architectures  # noqa: F401
 from lavender_min import hub
 from lavender_min.failing import naming
-from lavender_min.hosts import FAMILIES
+from lavender_min.hosts import FAMILIES, processors
 from lavender_min.hosts.base import Family
 from lavender_min.hosts.reading import hook
 
@@ -39,6 +39,7 @@ def load(name: str, quantize: bool = False, dtype: torch.dtype = torch.float32) 
     """
     with naming(f"--vlm {name}"):
         host = read(name, quantize, dtype)
+        host.processor.chat_template = host.processor.chat_template or host.family.chat_template
         try_out(host)
         hook(host.model, host.family)
     return host
@@ -57,7 +58,7 @@ def read(name: str, quantize: bool, dtype: torch.dtype) -> Host:
         hub.ask(name, "config.json")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         family = family_of(name, config.model_type)
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        processor = processors.load(name)
         extra = {}
         if quantize:
             extra["quantization_config"] = BitsAndBytesConfig(

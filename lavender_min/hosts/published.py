@@ -101,11 +101,11 @@ MODELS = {
         {**_SIGLIP, "image_size": 896},
         {},
     ),
-    "google/paligemma2-3b": Published(
+    "google/paligemma-3b-mix-224": Published(
         "paligemma",
-        {"model_type": "gemma2", **text(26, 2304, 9216, (8, 4), 257216, head_dim=256)},
-        {**_SIGLIP, "image_size": 224, "projection_dim": 2304},
-        {"hidden_size": 2304, "projection_dim": 2304, "image_token_id": 257152},
+        {"model_type": "gemma", **text(18, 2048, 16384, (8, 1), 257216, head_dim=256)},
+        {**_SIGLIP, "image_size": 224, "projection_dim": 2048},
+        {"hidden_size": 2048, "projection_dim": 2048, "image_token_id": 257152},
     ),
     "OpenGVLab/InternVL3-8B": Published(
         "internvl",

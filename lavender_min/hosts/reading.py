@@ -6,7 +6,7 @@ picture, the op `word_attention`. The map is made inside the attention function,
 leaves its small maps behind and nothing else.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lavender_min import ops
+from lavender_min.geometry import PatchLayout
 from lavender_min.hosts.base import Family, WordRows, patch_count
 
 ATTENTION = "lavender"
@@ -36,15 +37,22 @@ class Sink:
     """
 
     def __init__(
-        self, family: Family, words: WordRows, own: bool, parallel: nn.ModuleDict | None, pool_heads: PoolHeads
+        self,
+        family: Family,
+        words: WordRows,
+        own: Collection[int],
+        parallel: nn.ModuleDict | None,
+        pool_heads: PoolHeads,
     ):
         self.family, self.words = family, words
-        # Whether the host's own attention is wanted, and the parallel projections by layer, if theirs is.
+        # The layers whose own attention is wanted, and the parallel projections by layer, if theirs is.
         self.own, self.parallel = own, parallel
         self.pool_heads = pool_heads
         # The place of each row among those of its text: its row in queries that are made for the picked rows only.
         number = torch.cat([torch.arange(count) for count in words.counts]).to(words.rows)
         self.number = number.where(words.rows >= 0, -1)
+        # What each key shows, [b, p, g, g], for a family whose keys are latents and no patches. It sets them on the way.
+        self.latents: Tensor | None = None
         # Layer index ─► [n, c, g, g].
         self.own_maps: dict[int, Tensor] = {}
         self.parallel_maps: dict[int, Tensor] = {}
@@ -52,7 +60,7 @@ class Sink:
     def read(self, attention: Any, call: dict[str, Any], layer_inputs: Mapping[str, Any]) -> None:
         """The maps of one layer. `call` holds query, key, attn_mask, is_causal and scale of its scaled dot product."""
         layer = attention.layer_idx
-        if self.own:
+        if layer in self.own:
             self.own_maps.setdefault(layer, self.maps(rows=self.words.rows, **call))
         if self.parallel is not None and str(layer) in self.parallel:
             query, key = self.parallel[str(layer)](attention, self.family, layer_inputs, self.words)
@@ -71,10 +79,31 @@ class Sink:
         found = []
         # Autocast would round the scores of the plain PyTorch op.
         with torch.autocast(query.device.type, enabled=False):
+            if self.latents is not None:
+                return self.pool_heads(lifted(query, key, rows, self.words.counts, self.latents, **how))
             for view in self.words.views:
                 maps = ops.word_attention(query, key, rows, self.words.counts, view, **how)
                 found.append(maps * patch_count(view)[self.words.texts][:, None, None, None])
         return self.pool_heads(torch.stack(found).sum(0) if len(found) > 1 else found[0])
+
+
+def lifted(
+    query: Tensor, key: Tensor, rows: Tensor, counts: list[int], latents: Float[Tensor, "b p g g"], **how: Any
+) -> Float[Tensor, "n h g g"]:
+    """Maps of attention to keys of which each shows a map: theirs, weighted by the attention.
+
+    The op wants a canvas, so the keys are laid out as one line that is not resampled.
+    """
+    b, p = latents.shape[:2]
+    number = torch.arange(p, dtype=torch.int32, device=latents.device)
+    line = PatchLayout(number.expand(b, 1, p), latents.new_ones(b, 1, 1), torch.eye(p).to(latents).expand(b, p, p))
+    attention = ops.word_attention(query, key, rows, counts, line, **how)
+    return torch.cat(
+        [
+            torch.einsum("nhp,pyx->nhyx", of[:, :, 0], shown)
+            for of, shown in zip(attention.split(counts), latents, strict=True)
+        ]
+    )
 
 
 def padded(packed: Shaped[Tensor, "n *rest"], counts: list[int]) -> Shaped[Tensor, "b longest *rest"]:

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from lavender_min import cli
 from lavender_min.failing import naming, read_json, shaped
+from lavender_min.hosts import processors
 from lavender_min.tuning import runs
 
 PROG = "export"
@@ -48,7 +49,7 @@ def export(folder: Path, out: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     with naming(base):
         host = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", trust_remote_code=False)
-        processor = AutoProcessor.from_pretrained(base, trust_remote_code=False)
+        processor = processors.load(base)
     if base != str(folder):
         with naming(folder):
             host = PeftModel.from_pretrained(host, str(folder)).merge_and_unload(safe_merge=True)

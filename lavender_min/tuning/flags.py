@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, fields
 
 from lavender_min import cli, data
-from lavender_min.align import AGGREGATIONS, ALIGNERS, NORMS
+from lavender_min.align import AGGREGATIONS, ALIGNERS, NORMS, layers
 from lavender_min.cli import flag
 from lavender_min.hosts import FAMILIES
 
@@ -17,6 +17,7 @@ MODES = ("qlora", "lora", "full")
 COMPONENTS = ("vision", "projector", "language")
 MATCHES = ("exact", "all")
 ATTEND = ("predicting", "reading")
+LATENTS = ("lifted", "reshape")
 
 
 @dataclass
@@ -42,6 +43,11 @@ class ModelFlags:
         "what is aligned: " + "; ".join(f"{name}: {row.about}" for name, row in AGGREGATIONS.items()),
         AGGREGATIONS,
     )
+    align_layers: str = flag(
+        "",
+        "the layers that are aligned, of those that see the picture: all, first, mid, last, every-N or numbers such as 3,8,13 "
+        "(default: all where they are cross-attention, every-5 in other hosts)",
+    )
     parallel_rank: int = flag(64, "rank of the parallel projections; 0: full copies")
     aligner: str = flag("sim", "depth of the Aligner; none: the mean over its channels is aligned", ALIGNERS)
     aligner_kernel: int = flag(3, "3 is the paper's conv, 1 its mlp", [3, 1])
@@ -50,6 +56,12 @@ class ModelFlags:
     match: str = flag("exact", "align the words that the host predicts right, or all", MATCHES)
     words: str = flag("answer", "align words of the answer, or of question and answer", ["answer", "all"])
     attend: str = flag("predicting", "the rows that predict a word, or that read it", ATTEND)
+    latents: str = flag(
+        "lifted",
+        "how attention to a resampler's latents becomes a picture: through what each latent has read of it, or, as in the "
+        "paper, by taking N latents for √N × √N cells",
+        LATENTS,
+    )
 
     def __post_init__(self) -> None:
         """Values may also come from a file of an earlier run, so that choices are looked at here too."""
@@ -61,6 +73,8 @@ class ModelFlags:
         cli.at_least(0, parallel_rank=self.parallel_rank)
         cli.between(0, 1, lora_dropout=self.lora_dropout)
         cli.between(0, math.inf, lambda_att=self.lambda_att)
+        if self.align_layers:
+            layers.check(self.align_layers)
         if self.train_only and self.mode != "full":
             raise ValueError(f"--train_only {self.train_only} goes with --full; adapters are placed by --lora_targets")
         for name in ("lora_targets", "train_only"):

@@ -161,7 +161,8 @@ def make_batch(picture: Imagined, b: int, tokens: int, answer: int) -> dict[str,
 
 def held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What lies in memory before a step, with the part it belongs to: weights, and what 4-bit ones need beside their codes."""
-    parts = {"vision": "vision tower", "projector": "vision tower", "embed_tokens": "embedding", "lm_head": "lm_head"}
+    parts = dict.fromkeys(("vision", "visual", "projector", "connector"), "vision tower")
+    parts |= {"embed_tokens": "embedding", "lm_head": "lm_head"}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         part = next((part for key, part in parts.items() if key in name), "text layers")
         if name.startswith("align."):

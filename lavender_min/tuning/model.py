@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from lavender_min.align import layers
 from lavender_min.align.aligner import Align
 from lavender_min.geometry import PatchLayout, minmax
 from lavender_min.hosts.base import Family, WordRows
@@ -28,16 +29,24 @@ class Predicted(NamedTuple):
 class Lavender(nn.Module):
     """`host` is hooked (see `hosts.reading`), with or without PEFT adapters; `align` is trained beside it and left behind.
 
-    `match` says which words are aligned: "exact", those that the host predicts right, or "all".
+    `match` says which words are aligned: "exact", those that the host predicts right, or "all". `align_layers` says which layers
+    are read (see `align.layers`), with or without alignment: compared models must be read in the same ones.
     """
 
     def __init__(
-        self, host: Any, family: Family, align: Align | None = None, lambda_att: float = 10.0, match: str = "exact"
+        self,
+        host: Any,
+        family: Family,
+        align: Align | None = None,
+        lambda_att: float = 10.0,
+        match: str = "exact",
+        align_layers: str = "",
     ):
         super().__init__()
         self.host: Any = host
         self.family, self.align = family, align
         self.lambda_att, self.match = lambda_att, match
+        self.layers = list(read_layers(family, self.base, align_layers))
         # Of the cross entropy, in training; what is measured stays plain.
         self.label_smoothing = 0.0
 
@@ -69,7 +78,7 @@ class Lavender(nn.Module):
         batch, as the Trainer counts them; `loss_att` is a mean, so it is divided by `accumulation_steps` before it joins the loss.
         """
         align, spoken = self.align, word_rows(words)
-        sink = None if align is None else self.sink(spoken, own=align.how.reads == "host")
+        sink = None if align is None else self.sink(spoken, self.layers if align.how.reads == "host" else [])
         hidden = self.family.hidden_states(self.base, inputs, sink)
 
         next_token = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
@@ -96,7 +105,8 @@ class Lavender(nn.Module):
         loss = loss_vlm + self.lambda_att * loss_att / accumulation_steps
         return {"loss": loss, "loss_vlm": loss_vlm.detach(), "loss_att": loss_att.detach(), "words": valid.sum()}
 
-    def sink(self, words: WordRows, own: bool) -> Sink:
+    def sink(self, words: WordRows, own: list[int]) -> Sink:
+        """Collects the maps of parallel attention, and of these layers' own."""
         align = self.align
         if align is None:
             return Sink(self.family, words, own, None, lambda maps: maps)
@@ -129,10 +139,10 @@ class Lavender(nn.Module):
 
     @torch.no_grad()
     def read(self, words: dict[str, Any], **inputs: Any) -> dict[str, Float[Tensor, "m g g"]]:
-        """Word maps for pictures and measures: `own`, the host's attention, mean over layers and heads, in units of uniform
-        attention; and, if there is an Aligner, `aligned`, what it makes of its input, in [0, 1].
+        """Word maps for pictures and measures: `own`, the host's attention, mean over the read layers and all heads, in units of
+        uniform attention; and, if there is an Aligner, `aligned`, what it makes of its input, in [0, 1].
         """
-        sink = self.sink(word_rows(words), own=True)
+        sink = self.sink(word_rows(words), self.layers)
         self.family.hidden_states(self.base, inputs, sink)
         own = torch.stack(list(sink.own_maps.values())).mean(0)
         maps = {"own": per_word(own, sink.words.lengths).mean(1)}
@@ -155,6 +165,12 @@ class Lavender(nn.Module):
         kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
         self.base.activation_checkpointing_enable(kwargs, **options)
         self.base.disable_input_require_grads()
+
+
+def read_layers(family: Family, host: Any, align_layers: str) -> dict[int, Any]:
+    """The attention modules that are read, by index. "" stands for the family's default."""
+    seeing = family.layers(host)
+    return {i: seeing[i] for i in layers.choose(align_layers or family.align_layers, list(seeing))}
 
 
 def word_rows(words: dict[str, Any]) -> WordRows:

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fake_numbers
 
 from lavender_min import ops
 from lavender_min.tuning.model import Lavender
@@ -92,6 +93,8 @@ def pretend(text: torch.Size, rows: int, half: torch.dtype | None) -> Iterator[N
             (Tensor, "__getitem__", take_rows),
             (Tensor, "__setitem__", put_rows),
             (Tensor, "__bool__", lambda x: x.is_meta or holds(x)),
+            # Flamingo's embedding looks for tokens beyond its vocabulary.
+            (fake_numbers, "meta_nonzero_assume_all_nonzero", True),
             (functional, "scaled_dot_product_attention", gpu_attention if half else cpu_attention),
             (ops, "choose_backend", lambda *_: "triton" if half else "torch"),
             # How transformers asserts that there are as many image tokens as picture states.

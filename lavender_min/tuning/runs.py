@@ -23,7 +23,7 @@ from lavender_min.failing import naming, read_json, shaped
 from lavender_min.hosts.base import Family
 from lavender_min.hosts.load import Host, load
 from lavender_min.tuning.flags import COMPONENTS, ModelFlags
-from lavender_min.tuning.model import Lavender
+from lavender_min.tuning.model import Lavender, read_layers
 
 ALIGN_FILE = "lavender.safetensors"
 FLAGS_FILE = "lavender.json"
@@ -44,7 +44,8 @@ def build(
     """
     name = str(trained) if trained and flags.mode == "full" else flags.vlm
     host, processor, family = loaded or load(name, quantize=flags.mode == "qlora", dtype=dtype)
-    attentions = family.layers(host)
+    family = family.with_latents(flags.latents)
+    attentions = read_layers(family, host, flags.align_layers)
     host.requires_grad_(flags.mode == "full")
     if flags.train_only:
         freeze_others(host, family, flags.train_only)
@@ -62,7 +63,7 @@ def build(
             host = PeftModel.from_pretrained(host, str(trained))
     elif flags.mode != "full":
         host = with_adapters(host, family, flags)
-    model = Lavender(host, family, align, flags.lambda_att, flags.match)
+    model = Lavender(host, family, align, flags.lambda_att, flags.match, flags.align_layers)
     if trained and align is not None:
         load_align(model, trained)
     return model, processor

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lavender_min.data import Example, Region
-from lavender_min.evaluation import figures, intervals, metrics, names, report, tables
+from lavender_min.evaluation import figures, intervals, metrics, names, report, side_by_side, tables
 from lavender_min.evaluation.sheet import Sheet, first_pictures, make_sheet
 from lavender_min.maps import MapStore, MapWriter
 from lavender_min.toy import data as toy
@@ -320,3 +320,17 @@ def test_files(tmp_path):
     assert not (tmp_path / "none.png").exists() and (tmp_path / "maps.png").stat().st_size > 10_000
     report.write(tmp_path, sheet, {**models, names.LAVENDER: LAVENDER[:2]}, runs[:-1], about, [])
     assert "No differences are given" in (tmp_path / "report.md").read_text()
+
+
+def test_reports_of_several_hosts_as_one_table(tmp_path, capsys):
+    runs = [{"answers.all": 0.25, "answers.color": 0.5, "pointing.shape": 0.125, "pointing.all": 1.0}]
+    for host, models in (("one", {names.SD: runs, names.UNTUNED: runs}), ("two", {names.PLAIN: runs * 2})):
+        (tmp_path / host).mkdir()
+        content = {"models": {name: {"runs": of} for name, of in models.items()}}
+        (tmp_path / host / "report.json").write_text(json.dumps(content))
+    assert side_by_side.main([str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    head, _, first, second = capsys.readouterr().out.strip().splitlines()
+    assert [cell.strip() for cell in first.strip("|").split("|")] == ["one", "untuned", "25.0", "50.0", "12.5", "100.0"]
+    assert [cell.strip() for cell in second.strip("|").split("|")][1:3] == ["plain tuning", "25.0 ± 0.0"]
+    assert "pointing game (shape), %" in head
+    assert side_by_side.main([str(tmp_path)]) == 2

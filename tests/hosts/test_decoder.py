@@ -78,7 +78,7 @@ def inputs_of(batch):
 
 
 def read(host, batch):
-    sink = Sink(host.family, word_rows(batch["words"]), True, None, lambda maps: maps)
+    sink = Sink(host.family, word_rows(batch["words"]), host.family.layers(host.model), None, lambda maps: maps)
     with torch.no_grad():
         return sink, host.family.hidden_states(host.model, inputs_of(batch), sink)
 
@@ -146,15 +146,14 @@ def test_padded_and_unpadded_texts_are_read_alike(hooked, examples):
     assert start == len(together.words.rows)
 
 
-@pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize(("rank", "together"), [(0, True), (8, False)])
 def test_parallel_attention_starts_as_the_hosts_own(folder, examples, rank, together):
     """Norms, rotation and mask included: the maps of the parallel projections are the host's own at the start."""
     host = host_of(folder)
     hook(host.model, host.family)
-    model, _ = runs.build(ModelFlags("", parallel_rank=rank), loaded=host)
+    model, _ = runs.build(ModelFlags("", align_layers="all", parallel_rank=rank), loaded=host)
     batch = batch_of(host, examples if together else examples[1:2])
-    sink = model.sink(word_rows(batch["words"]), own=True)
+    sink = model.sink(word_rows(batch["words"]), model.layers)
     with torch.no_grad():
         host.family.hidden_states(model.eval().base, inputs_of(batch), sink)
     assert sink.parallel_maps
@@ -176,7 +175,8 @@ def test_both_losses_in_4_bits_with_adapters_and_checkpointing(folder, examples,
         torch.manual_seed(0)
         host = host_of(folder, quantization_config=quantized, dtype=torch.float32)
         hook(host.model, host.family)
-        flags = ModelFlags(folder, mode="qlora", aggregate=aggregate, match="all", lora_dropout=0.0)
+        options = {"aggregate": aggregate, "match": "all", "align_layers": "all"}
+        flags = ModelFlags(folder, mode="qlora", lora_dropout=0.0, **options)
         model, _ = runs.build(flags, loaded=host)
         assert sum(type(module).__name__ == "Linear4bit" for module in model.modules()) > 3 * 7
         for name, parameter in model.named_parameters():

@@ -50,7 +50,7 @@ def inputs_of(batch):
 
 
 def sink_of(loaded, batch):
-    return Sink(loaded.family, word_rows(batch["words"]), True, None, lambda maps: maps)
+    return Sink(loaded.family, word_rows(batch["words"]), [1, 3, 5], None, lambda maps: maps)
 
 
 def test_logits_are_bit_equal_with_and_without_hooks(loaded, batch, vlm_folder):
@@ -88,7 +88,7 @@ def test_uniform_attention_is_one_everywhere():
     """A query of zeros attends to every key alike: to each with 1 / keys, which times the patches of the picture is the unit."""
     view, keys, one = layout(300, 900, (0, 1, 0, 1)), 4 * 1601, torch.tensor([0])
     words = WordRows(one, [1], one, one, one + 1, torch.zeros(1, MAP_SIDE, MAP_SIDE), [view])
-    sink = Sink(Mllama(), words, True, None, lambda maps: maps)
+    sink = Sink(Mllama(), words, [1], None, lambda maps: maps)
     query, key = torch.zeros(1, 2, 1, 4), torch.randn(1, 1, keys, 4)
     maps = sink.maps(query=query, key=key, rows=one, attn_mask=None, is_causal=False, scale=None)
     torch.testing.assert_close(maps, torch.full_like(maps, patch_count(view).item() / keys))
@@ -180,7 +180,7 @@ def test_collated_layouts_keep_their_pictures():
 
 def test_a_family_without_a_host_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="is a llama; this package tunes mllama"):
+    with pytest.raises(ValueError, match="is a llama; this package tunes mllama, llava"):
         load.load(str(tmp_path))
 
 

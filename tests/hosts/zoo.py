@@ -23,9 +23,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from lavender_min.data import CAPTION_PROMPT
+from lavender_min.hosts import decoder
 from lavender_min.hosts.architectures import BidirectionalLlavaConfig
 from lavender_min.toy import data
-from lavender_min.toy.models import learn_merges
+from lavender_min.toy.tokenizers import learn_merges
 
 # Pixels of a tile and of a patch: 4 × 4 patches a tile.
 TILE, PATCH = 56, 14
@@ -81,7 +82,7 @@ class Kind(NamedTuple):
 
     process: Callable[[Any], Any]  # tokenizer ─► processor
     configure: Callable[[Any], Any]  # processor ─► config
-    template: str
+    template: str | None
     tokens: list[str]  # special ones
     eos: str
     bos: str | None = None  # if there is one, the tokenizer puts it before every text
@@ -287,8 +288,8 @@ KINDS = {
             vision_config=siglip(projection_dim=64), text_config=text(p, "gemma", head_dim=16), projection_dim=64, hidden_size=64,
             **ids(p, image="<image>"),
         ),
-        "{% for message in messages %}" + _PARTS + "<image>" + _TEXT + "{% if message['role'] == 'user' %}{{ '\n' }}"
-        "{% else %}{{ '<eos>' }}{% endif %}{% endfor %}",
+        # As published: without one.
+        None,
         ["<image>"], "<eos>", "<bos>",
     ),
     "internvl": Kind(
@@ -312,7 +313,7 @@ def built(name: str) -> tuple[Any, Any]:
     """Model and processor. Weights are large enough that attention is far from uniform."""
     kind = KINDS[name]
     processor = kind.process(tokenizer_of(kind))
-    processor.chat_template = kind.template
+    processor.chat_template = kind.template or decoder.KINDS[name].chat_template
     torch.manual_seed(0)
     model = hf.AutoModelForImageTextToText.from_config(kind.configure(processor)).eval()
     with torch.no_grad():
@@ -330,6 +331,7 @@ def built(name: str) -> tuple[Any, Any]:
 def save(name: str, folder: str | Path) -> str:
     """An ordinary folder of a host of this kind."""
     model, processor = built(name)
+    processor.chat_template = KINDS[name].template
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)

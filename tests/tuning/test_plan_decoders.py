@@ -32,7 +32,7 @@ PARAMETERS = {
     "llava-hf/llava-v1.6-mistral-7b": 7_566_747_648,
     "llava-hf/llava-onevision-qwen2-7b": 8_030_348_832,
     "google/gemma-3-4b": 4_300_079_472,
-    "google/paligemma2-3b": 3_032_242_416,
+    "google/paligemma-3b-mix-224": 2_923_466_480,
     "OpenGVLab/InternVL3-8B": 7_944_373_760,
 }
 
@@ -91,7 +91,7 @@ def test_published_models_have_as_many_parameters_as_their_weights():
     assert list(PARAMETERS) == list(published.MODELS)
     for name, parameters in PARAMETERS.items():
         with torch.device("meta"):
-            host = AutoModelForImageTextToText.from_config(published.config(f"{name}-Instruct"))
+            host = AutoModelForImageTextToText.from_config(published.config(f"{name}-hf"))
         assert sum(p.numel() for p in host.parameters()) == parameters, name
     assert published.config("some/model") is None
 

@@ -166,9 +166,10 @@ def test_checkpointing_gives_the_same_gradients(vlm_folder, rows, aggregate):
     assert sum(g.abs().sum() for n, g in gradients[0].items() if "align" in n) > 0
 
 
-def test_alignment_gradients_equal_an_eager_implementations(vlm_folder, rows):
+@pytest.mark.parametrize(("align_layers", "layers"), [("", [1, 3, 5]), ("1,5", [1, 5])])
+def test_alignment_gradients_equal_an_eager_implementations(vlm_folder, rows, align_layers, layers):
     """Layer-mean, against output_attentions of the eager host with the maps gathered and resampled by hand."""
-    model, processor = make(vlm_folder, aggregate="layer-mean")
+    model, processor = make(vlm_folder, aggregate="layer-mean", align_layers=align_layers)
     made = Collator(processor, model.family, model.base.config)([rows[i] for i in range(2)])
     for parameter in model.host.parameters():
         if parameter.requires_grad:
@@ -180,7 +181,6 @@ def test_alignment_gradients_equal_an_eager_implementations(vlm_folder, rows):
 
     model.base.set_attn_implementation({"text_config": "eager"})
     out = model.base(**inputs_of(made), labels=made["labels"], output_attentions=True)
-    layers = model.base.config.text_config.cross_attention_layers
     tiles = (
         torch.stack([out.attentions[i] for i in layers])
         .mean(0)

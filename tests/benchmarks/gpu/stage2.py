@@ -27,7 +27,7 @@ from lavender_min.hosts.load import Host
 from lavender_min.hosts.mllama import LLAMA, Mllama
 from lavender_min.tuning import memory, runs
 from lavender_min.tuning.flags import ModelFlags
-from lavender_min.tuning.model import Lavender
+from lavender_min.tuning.model import Lavender, read_layers
 
 MIB = 2**20
 CASES: dict[str, dict[str, Any]] = {
@@ -97,10 +97,10 @@ def changed(flags: ModelFlags, case: str, rank: int) -> ModelFlags:
 
 def aligned(plain: Lavender, flags: ModelFlags) -> Lavender:
     """The adapted host, and beside it what these flags ask for."""
-    attentions = plain.family.layers(plain.base)
+    attentions = read_layers(plain.family, plain.base, flags.align_layers)
     heads = plain.family.heads(next(iter(attentions.values()))).query
     align = None if flags.plain else Align(attentions, heads, flags.aggregate, flags.parallel_rank).to(DEVICE)
-    model = Lavender(plain.host, plain.family, align, match="all").train()
+    model = Lavender(plain.host, plain.family, align, match="all", align_layers=flags.align_layers).train()
     model.gradient_checkpointing_enable()
     return model
 

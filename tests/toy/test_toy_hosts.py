@@ -1,0 +1,115 @@
+"""The toy hosts: what they are trained on lies where they see it, and the shipped ones know their world."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+
+from lavender_min.data import CAPTION_PROMPT
+from lavender_min.toy import data, fitting, hosts, pretrain_hosts
+from lavender_min.toy.pretrain_hosts import CELLS, TRAININGS, Chats
+
+CORPUS = [CAPTION_PROMPT, "user", "assistant", "User:", "Assistant:", "what color is the star?", "a red star"] * 200
+
+
+@pytest.fixture(scope="module", params=list(hosts.HOSTS))
+def named(request):
+    torch.manual_seed(0)
+    return request.param, hosts.HOSTS[request.param](CORPUS)
+
+
+def test_patches_are_named_in_the_order_in_which_the_tower_gives_them(named, monkeypatch):
+    """Without attention a patch's state depends on its own pixels alone: a painted cell changes just its own."""
+    name, built = named
+    how = TRAININGS[name]
+    tower = how.tower(built.model)
+    for module_name, module in tower.named_modules():
+        if module_name.endswith(("out_proj", "o_proj", "attn.proj")):
+            torch.nn.init.zeros_(module.weight)
+    # A cell by its number, in place of what it shows.
+    numbers = {side: np.arange(side * side).reshape(1, side, side) for side in (CELLS, pretrain_hosts.TILE_CELLS)}
+    monkeypatch.setattr(pretrain_hosts, "patch_kinds", lambda scene, side: numbers[side].repeat(3, 0))
+    shown = how.shown(data.scene_of(0))[0]
+    grey = np.full((1, hosts.SIDE, hosts.SIDE, 3), 120, np.uint8)
+    with torch.no_grad():
+        before = how.look(built.model, pretrain_hosts.process(built, grey)).patches
+        assert before.shape[1] == len(shown)
+        for cell in (0, 37, 130, CELLS * CELLS - 1):
+            painted = grey.copy()
+            cells = rearrange(painted, "1 (y i) (x j) k -> (y x) i j k", y=CELLS, x=CELLS)
+            cells[cell] = (250, 20, 200)
+            painted[0] = rearrange(cells, "(y x) i j k -> (y i) (x j) k", y=CELLS)
+            after = how.look(built.model, pretrain_hosts.process(built, painted)).patches
+            moved = (after - before)[0].norm(dim=-1)[: CELLS * CELLS]
+            assert shown[int(moved.argmax())] == cell
+            assert (moved > 0.5 * moved.max()).sum() == 1
+
+
+def test_conversations_are_as_the_processor_writes_them(named):
+    name, built = named
+    example = data.example("pretrain-00003-color")
+    chats = Chats(built)
+    text = chats.batch([example, data.example("pretrain-00004-caption")])
+    tokenizer = built.processor.tokenizer
+    told = tokenizer.decode(text.ids[0][text.labels[0] != pretrain_hosts.NO_LABEL], skip_special_tokens=True)
+    assert told.strip() == example.answer
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": example.question}]},
+             {"role": "assistant", "content": [{"type": "text", "text": example.answer}]}]  # fmt: skip
+    said, picture = built.processor.apply_chat_template(turns), example.image()
+    if name == "idefics":
+        before, after = said.removeprefix("<s>").split("<image>")
+        expected = built.processor(text=[[before, picture, after]])["input_ids"]
+    else:
+        expected = built.processor(text=[said], images=[[picture]], add_special_tokens=False)["input_ids"]
+    assert text.ids[0][text.mask[0].bool()].tolist() == list(map(int, expected[0]))
+
+
+def test_trained_as_it_will_be_used(named):
+    """What the training computes of pictures and texts is what the model's own forward computes."""
+    name, built = named
+    how, examples = TRAININGS[name], [data.example(f"pretrain-{i:05d}-exists") for i in range(3)]
+    images = np.stack([np.asarray(example.image()) for example in examples])
+    text, seen = Chats(built).batch(examples), pretrain_hosts.process(built, images)
+    inputs = {"input_ids": text.ids, "attention_mask": text.mask}
+    inputs |= {"pixel_values": seen[:, None]} if name == "idefics" else dict(seen)
+    if name == "mllama":
+        inputs["cross_attention_mask"] = torch.ones(*text.ids.shape, 1, hosts.MAX_TILES, dtype=torch.long)
+    if name == "qwen2_vl":
+        inputs["mm_token_type_ids"] = (text.ids == text.image_token_id).int()
+    if name == "idefics":
+        inputs["image_attention_mask"] = ((text.ids == text.image_token_id).cumsum(1) > 0).long()[..., None]
+    with torch.no_grad():
+        expected = built.model.eval()(**inputs).logits
+        found = how.speak(built.model, text, how.project(built.model, how.look(built.model, seen).states))
+    torch.testing.assert_close(found[text.mask.bool()], expected[text.mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+def test_a_training_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Stopped in the tower and again in the whole, it gives the same weights as one that was not."""
+    images = np.stack([np.asarray(data.example(f"pretrain-{i:05d}-caption").image()) for i in range(4)])
+    monkeypatch.setattr(pretrain_hosts, "corpus", lambda: CORPUS)
+    monkeypatch.setitem(TRAININGS, "qwen2_vl", TRAININGS["qwen2_vl"]._replace(pictures=2, whole_steps=3))
+    monkeypatch.setattr(pretrain_hosts, "TOWER_STEPS", 3)
+    monkeypatch.setattr(pretrain_hosts, "right_answers", lambda *_: 0.0)
+    monkeypatch.setattr(fitting, "SAVE_EVERY", 1)
+    process, left = pretrain_hosts.process, [10**6]
+
+    def interrupted(*args):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return process(*args)
+
+    monkeypatch.setattr(pretrain_hosts, "process", interrupted)
+    weights = []
+    # One picture is looked at before the first step of each start.
+    for folder, starts in (("unbroken", [10**6]), ("broken", [4, 4, 10**6])):
+        out = tmp_path / folder
+        out.mkdir()
+        for left[0] in starts:
+            with pytest.raises(KeyboardInterrupt) if left[0] < 10 else nullcontext():
+                pretrain_hosts.train("qwen2_vl", images, out)
+        weights.append((out / "qwen2_vl" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
