@@ -1,21 +1,21 @@
 """aligner_mse: the Aligner's closing 1×1 convolution, the map normalisation and the squared error, in one pass.
 
-Problem. For each of m words, c channels, cells i of a g×g map (N cells), V valid words:
+Problem. For each of m words, c channels, cells i of a g×g map (N cells), trust τ ≥ 0 in each word, T = Σ τ:
 
     z_i = Σ_c f_ci·w_c + bias      u_i = (z_i − lo) / s,  lo = min z, hi = max z, s = hi − lo + 1e-6      (or u = z)
-    loss = 1/(V·N) Σ_valid Σ_i (u_i − y_i)²
+    loss = 1/(T·N) Σ_words τ Σ_i (u_i − y_i)²
 
 Eager: z, u, u − y and its square are [m, N] each, and autograd keeps f, [m, c, N], c times larger than all of them, until the
 backward. Here one program owns one word, and everything of a word but f stays in registers.
 
-Backward, by hand. With e_i = dloss/du_i = 2(u_i − y_i)/(V·N),
+Backward, by hand. With e_i = dloss/du_i = 2τ(u_i − y_i)/(T·N),
 
     dz_i = e_i/s − [z_i = lo]/n_lo · Σ(e_j − e_j·u_j)/s − [z_i = hi]/n_hi · Σ e_j·u_j/s
 
 because dlo moves every u_j by −(1 − u_j)/s and dhi by −u_j/s; cells that tie for lo or hi (n_lo, n_hi of them) share. A constant
 map has s = 1e-6 and no direction in which to stretch: its gradient is taken as 0, its error counts. Then
 
-    df_ci = w_c·dz_i        dw_c = Σ_valid Σ_i f_ci·dz_i        dbias = Σ_valid Σ_i dz_i
+    df_ci = w_c·dz_i        dw_c = Σ_words Σ_i f_ci·dz_i        dbias = Σ_words Σ_i dz_i
 
 dz, dw and dbias are finished in the forward, while the word's f is still in L2, so only dz (fp32, N a word) and w wait for
 the backward, not f: c times less for this op (the layer before may keep its own output, that is its affair). The backward
@@ -30,7 +30,7 @@ read f once: 128 KB a program at c = 32, it spills.
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -50,19 +50,21 @@ def load_channels(p_cell, s_c, i_c, c, m_i):
 
 @triton.jit
 def word_error(
-    p_f, s_fm, s_fc, s_fy, s_fx, p_weight, p_bias, p_target, s_tm, s_ty, s_tx, p_valid, p_dz, p_sums, m, c, gx, cells,
+    p_f, s_fm, s_fc, s_fy, s_fx, p_weight, p_bias, p_target, s_tm, s_ty, s_tx, p_trust, p_dz, p_sums, m, c, gx, cells,
     MINMAX: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """dz [m, cells], and p_sums [m, c + 2]: the word's share of loss, dbias and dw. All 0 for a word that is not valid."""
+    """dz [m, cells], and p_sums [m, c + 2]: the word's share of loss, dbias and dw. All 0 for a word of no trust."""
     i_m, i_i = tl.program_id(0).to(tl.int64), tl.arange(0, BI)
     m_i = i_i < cells
     p_dz, p_sums = p_dz + i_m * cells, p_sums + i_m * (c + 2)
-    valid = tl.load(p_valid + i_m) != 0
-    # V, counted by every program: m bytes
-    words = 0
+    trust = tl.load(p_trust + i_m)
+    # Through an integer: in the interpreter a comparison of single floats keeps the type of a float.
+    valid = (trust > 0).to(tl.int32) != 0
+    # T, added up by every program: 4 m bytes
+    total = 0.0
     for i in range(0, m, BM):
         i_w = i + tl.arange(0, BM)
-        words += tl.sum((tl.load(p_valid + i_w, mask=i_w < m, other=0) != 0).to(tl.int32))
+        total += tl.sum(tl.load(p_trust + i_w, mask=i_w < m, other=0.0))
 
     # z
     p_cell = p_f + i_m * s_fm + (i_i // gx) * s_fy + (i_i % gx) * s_fx
@@ -83,7 +85,7 @@ def word_error(
     p_y = p_target + i_m * s_tm + (i_i // gx) * s_ty + (i_i % gx) * s_tx
     b_y = tl.load(p_y, mask=m_i & valid, other=0.0).to(tl.float32)
     b_error = tl.where(m_i & valid, b_u - b_y, 0.0)
-    share = 1.0 / (tl.maximum(words, 1).to(tl.float32) * cells)
+    share = trust / (tl.where(total > 0, total, 1.0) * cells)
     b_e = 2.0 * b_error * share
 
     # dz
@@ -117,14 +119,14 @@ def feature_gradient(p_dz, p_weight, p_dloss, p_df, s_dm, s_dc, s_dy, s_dx, c, g
 
 class AlignerMSE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, weight, bias, target, minmax, valid):
+    def forward(ctx, features, weight, bias, target, minmax, trust):
         m, c, gy, gx = features.shape
         weight = weight.contiguous()
         sums, dz = (features.new_empty(m, columns, dtype=torch.float32) for columns in (c + 2, gy * gx))
         block = triton.next_power_of_2(gy * gx)
         word_error[m,](
             p_f=features, **strides("f", "mcyx", features), p_weight=weight, p_bias=bias,
-            p_target=target, **strides("t", "myx", target), p_valid=valid.contiguous().view(torch.uint8),
+            p_target=target, **strides("t", "myx", target), p_trust=trust.contiguous(),
             p_dz=dz, p_sums=sums, m=m, c=c, gx=gx, cells=gy * gx,
             MINMAX=minmax, BM=1024, BC=max(1, 4096 // block), BI=block, num_warps=8,
         )  # fmt: skip
@@ -156,7 +158,7 @@ def aligner_mse(
     target: Float[Tensor, "m gy gx"],
     *,
     output: str = "minmax",
-    valid: Bool[Tensor, " m"],
+    trust: Float[Tensor, " m"],
 ) -> Float[Tensor, ""]:
     """See lavender_min.ops.aligner_mse, which checks the shapes. Maps of up to 128×128 cells, strided or not."""
     check_dtype("aligner_mse (Triton)", "features", features, (torch.float32, torch.float16, torch.bfloat16))
@@ -168,4 +170,4 @@ def aligner_mse(
     if m == 0:
         # no word, no program: still a graph, so that every gradient is 0 and not None
         return (features.sum() + (weight * 0).sum() + (bias * 0).sum()).float()
-    return AlignerMSE.apply(features, weight, bias, target, output == "minmax", valid)
+    return AlignerMSE.apply(features, weight, bias, target, output == "minmax", trust)

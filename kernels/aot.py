@@ -106,9 +106,9 @@ def aligner_case(dtype=torch.float32, m=64, c=32, output="minmax") -> None:
     features, weight, bias = (
         torch.empty(s, dtype=dtype, device="meta").requires_grad_() for s in ((m, c, 32, 32), (c,), ())
     )
-    valid = torch.empty(m, dtype=torch.bool, device="meta")
+    trust = torch.empty(m, device="meta")
     target = torch.empty(m, 32, 32, device="meta")
-    aligner_mse(features, weight, bias, target, output=output, valid=valid).backward()
+    aligner_mse(features, weight, bias, target, output=output, trust=trust).backward()
 
 
 CASES: dict[str, Callable[[], None]] = {

@@ -95,16 +95,16 @@ def check_diffusion_attention(query, key, value, word_weights, maps) -> None:
         raise ValueError(f"{op}: has no gradient (Stable Diffusion is frozen here); call it under torch.no_grad()")
 
 
-def check_aligner_mse(features, weight, bias, target, output, valid) -> None:
+def check_aligner_mse(features, weight, bias, target, output, trust) -> None:
     op = "aligner_mse"
     check_shapes(
-        op, features=(features, "m c gy gx"), weight=(weight, "c"), target=(target, "m gy gx"), valid=(valid, "m")
+        op, features=(features, "m c gy gx"), weight=(weight, "c"), target=(target, "m gy gx"), trust=(trust, "m")
     )
     if bias.numel() != 1 or bias.device != features.device:
         raise ValueError(
             f"{op}: bias should be one number on {features.device}; got {list(bias.shape)} on {bias.device}"
         )
     check_dtype(op, "features", features, HALF_OR_FULL)
-    check_dtype(op, "valid", valid, (torch.bool,))
+    check_dtype(op, "trust", trust, (torch.float32,))
     if output not in ("minmax", "none"):
         raise ValueError(f'{op}: output should be "minmax" or "none"; got {output!r}')

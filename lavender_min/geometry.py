@@ -67,6 +67,11 @@ def resize_map(map: Float[Tensor, "*lead y x"], g: int = MAP_SIDE) -> Float[Tens
     return resize_y @ map @ resize_x.mT
 
 
+def contrast(maps: Float[Tensor, "*lead y x"]) -> Float[Tensor, "*lead"]:
+    """(largest − smallest) / mean of each map: 0 for a flat one. Of a raw map it tells how sure the teacher is of its place."""
+    return (maps.amax((-2, -1)) - maps.amin((-2, -1))) / maps.mean((-2, -1)).clamp(min=torch.finfo(maps.dtype).tiny)
+
+
 def minmax(maps: Float[Tensor, "*lead y x"], eps: float = 1e-6) -> Float[Tensor, "*lead y x"]:
     """Stretch each map to [0, 1]. A flat map becomes all zeros, not a division by zero."""
     low = maps.amin((-2, -1), keepdim=True)

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Sequence
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lavender_min import reference
@@ -102,13 +102,14 @@ def aligner_mse(
     target: Float[Tensor, "m gy gx"],
     *,
     output: str = "minmax",
-    valid: Bool[Tensor, " m"],
+    trust: Float[Tensor, " m"],
     backend: str | None = None,
 ) -> Float[Tensor, ""]:
-    """The Aligner's closing 1×1 convolution, the map normalisation and the squared error: mean over valid words and cells.
+    """The Aligner's closing 1×1 convolution, the map normalisation and the squared error: mean over words, each
+    weighted by its `trust` (0: it does not count; 1 for all: the plain mean), and over cells.
 
-    No valid word gives exactly 0, with zero (not None) gradients to features, weight and bias.
+    No trust in any word gives exactly 0, with zero (not None) gradients to features, weight and bias.
     """
-    shapes.check_aligner_mse(features, weight, bias, target, output, valid)
+    shapes.check_aligner_mse(features, weight, bias, target, output, trust)
     run = reference.aligner_mse if choose_backend(features, backend) == "torch" else _kernel("aligner_mse")
-    return run(features, weight, bias, target, output=output, valid=valid)
+    return run(features, weight, bias, target, output=output, trust=trust)

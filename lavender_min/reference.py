@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lavender_min.geometry import PatchLayout
@@ -129,21 +129,26 @@ def aligner_mse(
     target: Float[Tensor, "m gy gx"],
     *,
     output: str = "minmax",
-    valid: Bool[Tensor, " m"],
+    trust: Float[Tensor, " m"],
 ) -> Float[Tensor, ""]:
-    """Mean squared error between the Aligner's maps and their targets, over the cells of valid words.
+    """Mean squared error between the Aligner's maps and their targets, over cells and, weighted by trust τ, over words:
+
+        loss = Σ_m τ_m Σ_cells error² / (cells · Σ_m τ_m)
 
     map = features · weight + bias; output "minmax" makes it (map - min) / (max - min + 1e-6), "none" leaves it.
     The gradient goes through min and max too; cells that tie for one share its gradient evenly. A constant map has no
     direction in which to stretch (and 1 / 1e-6 would drown the batch): it counts in the loss, with gradient 0.
-    No valid word: exactly 0, with zero gradients.
+    A word of trust 0 is not looked at. No trust in any word: exactly 0, with zero gradients.
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
-    features, target = features[valid].to(dtype), target[valid].to(dtype)
+    kept = trust > 0
+    features, target, trust = features[kept].to(dtype), target[kept].to(dtype), trust[kept].to(dtype)
     predicted = einsum(features, weight.to(dtype), "m c gy gx, c -> m gy gx") + bias.to(dtype)
     if output == "minmax":
         low, high = predicted.amin((1, 2), keepdim=True), predicted.amax((1, 2), keepdim=True)
         # x / inf: value 0, gradient 0
         spread = torch.where(high > low, high - low + EPS, torch.inf)
         predicted = (predicted - low) / spread
-    return (predicted - target).square().sum() / max(predicted.numel(), 1)
+    cells = target.shape[1] * target.shape[2]
+    error = (predicted - target).square() * trust[:, None, None]
+    return error.sum() / (cells * trust.sum() if len(trust) else 1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lavender_min import ops
@@ -66,13 +66,24 @@ class Aligner(nn.Module):
 class Align(nn.Module):
     """All that is trained beside the host: parallel attention (if the aggregation reads it) and the Aligner."""
 
-    def __init__(self, attentions: Mapping[int, Any], heads: int, aggregation: str = "learn", rank: int = 0, **aligner):
-        """`attentions`: the host's layers that are read (see `layers`), by index, each with so many query `heads`."""
+    def __init__(
+        self,
+        attentions: Mapping[int, Any],
+        heads: int,
+        aggregation: str = "learn",
+        rank: int = 0,
+        start: str = "pretrained",
+        **aligner: Any,
+    ):
+        """`attentions`: the host's layers that are read (see `layers`), by index, each with so many query `heads`.
+
+        `rank` and `start` are those of parallel projections, `aligner` what the Aligner is made of.
+        """
         super().__init__()
         self.how = aggregate.aggregation(aggregation)
         self.parallel = None
         if self.how.reads == "parallel":
-            self.parallel = nn.ModuleDict({str(i): ParallelAttention(a, rank) for i, a in attentions.items()})
+            self.parallel = nn.ModuleDict({str(i): ParallelAttention(a, rank, start) for i, a in attentions.items()})
         self.aligner = Aligner(aggregate.channels(self.how, heads), **aligner)
 
     def pool_heads(self, maps: Float[Tensor, "n h g g"]) -> Float[Tensor, "n c g g"]:
@@ -82,7 +93,7 @@ class Align(nn.Module):
         return aggregate.pool_layers(self.how, parallel if self.how.reads == "parallel" else own)
 
     def loss(
-        self, maps: Float[Tensor, "m c g g"], target: Float[Tensor, "m g g"], valid: Bool[Tensor, " m"]
+        self, maps: Float[Tensor, "m c g g"], target: Float[Tensor, "m g g"], trust: Float[Tensor, " m"]
     ) -> Float[Tensor, ""]:
-        """Squared error of the min–max normalised maps, mean over valid words and cells (Eq. 17)."""
-        return ops.aligner_mse(self.aligner(maps), self.aligner.weight, self.aligner.bias, target, valid=valid)
+        """Squared error of the min–max normalised maps, mean over cells and, weighted by `trust`, over words (Eq. 17)."""
+        return ops.aligner_mse(self.aligner(maps), self.aligner.weight, self.aligner.bias, target, trust=trust.float())

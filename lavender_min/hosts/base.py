@@ -49,6 +49,7 @@ class WordRows(NamedTuple):
     lengths: Int[Tensor, " m"]  # how many of the rows belong to each word, at least one
     targets: Float[Tensor, "m g g"]  # each word's map by the teacher, in [0, 1]
     views: list[PatchLayout]  # of the whole batch, at least one
+    trust: Float[Tensor, " m"]  # how much each word's error counts, from 0 on; see `align.trust`
 
 
 class Encoded(NamedTuple):

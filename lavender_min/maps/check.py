@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lavender_min import data
 from lavender_min.data import Example
+from lavender_min.geometry import contrast
 from lavender_min.maps.shard import Origin, Shard, StoredMaps, naming, read_origins
 from lavender_min.maps.stale import find_stale
 from lavender_min.maps.store import read_recipe, shard_files
@@ -35,7 +36,7 @@ def check(
     # Id ─► the shard it stands in.
     home: dict[str, str] = {}
     origins: dict[str, Origin] = {}
-    words = 0
+    contrasts: list[np.ndarray] = []
     with tqdm(total=size, unit="B", unit_scale=True) as bar:
         for shard in shards:
             try:
@@ -44,13 +45,19 @@ def check(
                     if id in home:
                         faults["twice"].append(f"{id}: in {home[id]} and in {shard.name}")
                     home[id] = shard.name
-                    words += len(stored.words)
+                    contrasts.append(contrast(stored.maps).numpy())
                     for kind, bad in wrong_words(stored).items():
                         faults[kind].append(f"{id}: {', '.join(bad)}")
             except ValueError as error:
                 faults["broken"].append(str(error))
             bar.update(shard.stat().st_size)
-    print(f"{folder}: {len(home):,} rows, {words:,} words, {len(shards):,} shards, {size / 1e6:,.1f} MB")
+    of_words = np.concatenate(contrasts) if contrasts else np.zeros(0)
+    print(f"{folder}: {len(home):,} rows, {len(of_words):,} words, {len(shards):,} shards, {size / 1e6:,.1f} MB")
+    if len(of_words):
+        shown = ", ".join(f"{value:.2f}" for value in np.nanquantile(of_words, (0, 0.2, 0.4, 0.6, 0.8, 1)))
+        print(
+            f"contrast of the maps, (largest - smallest) / mean, by fifths of the words: {shown} (see train.py --trust)"
+        )
     if name:
         faults |= compare(name, examples, origins)
     for kind, lines in faults.items():

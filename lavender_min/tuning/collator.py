@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
 from itertools import chain
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lavender_min.align.trust import word_trust
 from lavender_min.data import CAPTION_PROMPT, Example
 from lavender_min.failing import naming, one_line
 from lavender_min.geometry import MAP_SIDE, minmax
@@ -29,6 +30,9 @@ from lavender_min.maps import MapStore, StoredMaps
 from lavender_min.tuning.vision_cache import VisionCache
 from lavender_min.words import token_spans
 
+# (maps of a text's words, their tokens, how many tokens the text has) ─► trust in each word
+WordTrust = Callable[[Tensor, Sequence[Sequence[int]], int], Tensor]
+ALIKE = partial(word_trust, "none", False)
 # So many pictures of a list of examples go into its digest, at most.
 DIGESTED = 8
 
@@ -163,12 +167,14 @@ class MappedWord(NamedTuple):
 
     tokens: list[int]
     map: Tensor  # [g, g], as stored
+    trust: float  # how much its error counts
 
 
 class Collator:
     """[(example, its maps)] ─► the keyword arguments of `Lavender.forward`.
 
-    `frame` is what the maps cover, `words` which fields are aligned (answer, or all), `attend` which rows speak for a word.
+    `frame` is what the maps cover, `words` which fields are aligned (answer, or all), `attend` which rows speak for a word, `trust`
+    how much each word's error counts.
     """
 
     def __init__(
@@ -179,10 +185,12 @@ class Collator:
         frame: str = "whole",
         words: str = "answer",
         attend: str = "predicting",
+        trust: WordTrust = ALIKE,
     ):
         self.processor, self.family, self.config = processor, family, config
         self.frame = frame
         self.fields = ("answer",) if words == "answer" else ("question", "answer")
+        self.trust = trust
         # A row predicts the token after it.
         self.behind = 1 if attend == "predicting" else 0
         # If there is one, it says what the frozen vision tower made of a picture, in place of pixels.
@@ -221,8 +229,9 @@ class Collator:
         wanted = [i for i, word in enumerate(stored.words) if word.field in self.fields]
         placed = [stored.words[i] for i in wanted]
         spans = [(said.starts[word.field] + word.start, said.starts[word.field] + word.end) for word in placed]
-        found = token_spans(spans, offsets)
-        return [MappedWord(tokens, stored.maps[i]) for i, tokens in zip(wanted, found, strict=True) if tokens]
+        found = [(i, tokens) for i, tokens in zip(wanted, token_spans(spans, offsets), strict=True) if tokens]
+        trust = self.trust(stored.maps[[i for i, _ in found]], [tokens for _, tokens in found], len(offsets))
+        return [MappedWord(tokens, stored.maps[i], t) for (i, tokens), t in zip(found, trust.tolist(), strict=True)]
 
 
 def lined_up(texts: list[list[MappedWord]], behind: int) -> dict[str, Any]:
@@ -244,4 +253,5 @@ def lined_up(texts: list[list[MappedWord]], behind: int) -> dict[str, Any]:
         "tokens": tokens,
         "lengths": torch.tensor([len(word.tokens) for word in words] or [1]),
         "targets": targets,
+        "trust": torch.tensor([word.trust for word in words] or [0.0]),
     }

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, fields
 
 from lavender_min import cli, data
-from lavender_min.align import AGGREGATIONS, ALIGNERS, NORMS, layers
+from lavender_min.align import AGGREGATIONS, ALIGNERS, NORMS, TRUST, layers
 from lavender_min.cli import flag
 from lavender_min.hosts import FAMILIES
 
@@ -18,6 +18,7 @@ COMPONENTS = ("vision", "projector", "language")
 MATCHES = ("exact", "all")
 ATTEND = ("predicting", "reading")
 LATENTS = ("lifted", "reshape")
+STARTS = ("pretrained", "noise")
 
 
 @dataclass
@@ -49,6 +50,7 @@ class ModelFlags:
         "(default: all where they are cross-attention, every-5 in other hosts)",
     )
     parallel_rank: int = flag(64, "rank of the parallel projections; 0: full copies")
+    parallel_start: str = flag("pretrained", "what they start from: the host's own projections, or N(0, 0.02)", STARTS)
     aligner: str = flag("sim", "depth of the Aligner; none: the mean over its channels is aligned", ALIGNERS)
     aligner_kernel: int = flag(3, "3 is the paper's conv, 1 its mlp", [3, 1])
     aligner_norm: str = flag("instance", "norm inside the Aligner", NORMS)
@@ -56,6 +58,10 @@ class ModelFlags:
     match: str = flag("exact", "align the words that the host predicts right, or all", MATCHES)
     words: str = flag("answer", "align words of the answer, or of question and answer", ["answer", "all"])
     attend: str = flag("predicting", "the rows that predict a word, or that read it", ATTEND)
+    trust: str = flag(
+        "none",
+        "weigh each word's error by the contrast of its raw map: none; contrast; threshold:X, those of at least X alone",
+    )
     latents: str = flag(
         "lifted",
         "how attention to a resampler's latents becomes a picture: through what each latent has read of it, or, as in the "
@@ -73,6 +79,8 @@ class ModelFlags:
         cli.at_least(0, parallel_rank=self.parallel_rank)
         cli.between(0, 1, lora_dropout=self.lora_dropout)
         cli.between(0, math.inf, lambda_att=self.lambda_att)
+        if not re.fullmatch(TRUST, self.trust):
+            raise ValueError(f"--trust is none, contrast or threshold:X, such as threshold:0.6; got {self.trust!r}")
         if self.align_layers:
             layers.check(self.align_layers)
         if self.train_only and self.mode != "full":

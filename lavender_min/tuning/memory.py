@@ -155,6 +155,7 @@ def make_batch(picture: Imagined, b: int, tokens: int, answer: int) -> dict[str,
         "lengths": torch.empty_like(rows, dtype=torch.long),
         "targets": torch.empty(b * answer, MAP_SIDE, MAP_SIDE, device="meta"),
         "views": [list(view) for view in picture.views],
+        "trust": torch.empty(b * answer, device="meta"),
     }
     return {"input_ids": ids, **picture.inputs, "labels": torch.empty_like(ids, device="meta"), "words": words}
 

@@ -101,7 +101,7 @@ class Lavender(nn.Module):
 
         valid = self.matched(predicted, inputs["input_ids"], spoken)
         with without_autocast(hidden):
-            loss_att = align.loss(self.word_maps(align, sink), spoken.targets, valid)
+            loss_att = align.loss(self.word_maps(align, sink), spoken.targets, spoken.trust * valid)
         loss = loss_vlm + self.lambda_att * loss_att / accumulation_steps
         return {"loss": loss, "loss_vlm": loss_vlm.detach(), "loss_att": loss_att.detach(), "words": valid.sum()}
 

@@ -57,7 +57,7 @@ def build(
         shape = {"variant": flags.aligner, "kernel": flags.aligner_kernel, "norm": flags.aligner_norm}
         # The adapters below start the same with and without alignment.
         with torch.random.fork_rng():
-            align = Align(attentions, heads, flags.aggregate, rank, **shape).to(host.device)
+            align = Align(attentions, heads, flags.aggregate, rank, flags.parallel_start, **shape).to(host.device)
     if flags.mode != "full" and trained:
         with naming(trained):
             host = PeftModel.from_pretrained(host, str(trained))

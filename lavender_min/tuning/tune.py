@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ import torch
 from transformers import set_seed
 from transformers.integrations.liger import apply_liger_kernel
 
+from lavender_min.align import AGGREGATIONS
+from lavender_min.align.trust import word_trust
 from lavender_min.data import Example
 from lavender_min.failing import naming, one_line
 from lavender_min.maps import MapStore, find_stale
@@ -141,13 +144,15 @@ def make_trainer(flags: Flags, args: Training, datasets: Datasets) -> LavenderTr
     model.label_smoothing = args.label_smoothing_factor
     store = datasets.train.store
     frame = "whole" if store is None or flags.plain else store.recipe["frame"]
+    trust = partial(word_trust, flags.trust, AGGREGATIONS[flags.aggregate].regularised)
+    collate = Collator(processor, model.family, model.base.config, frame, flags.words, flags.attend, trust)
     with naming("--push_to_hub") if args.push_to_hub else nullcontext():
         return LavenderTrainer(
             model=model,
             args=args,
             train_dataset=datasets.train,
             eval_dataset=datasets.held_out,
-            data_collator=Collator(processor, model.family, model.base.config, frame, flags.words, flags.attend),
+            data_collator=collate,
             processing_class=processor,
             pretrain_aligner_steps=flags.pretrain_aligner_steps,
         )

@@ -28,7 +28,7 @@ def test_without_a_network_the_heads_mean_is_aligned():
     assert not list(align.parameters())
     torch.testing.assert_close(align.aligner.predict(maps), maps.mean(1))
     expected = F.mse_loss(minmax(maps.mean(1))[valid], target[valid])
-    torch.testing.assert_close(align.loss(maps, target, valid), expected)
+    torch.testing.assert_close(align.loss(maps, target, valid.float()), expected)
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch", "none"])
@@ -38,11 +38,11 @@ def test_loss_is_the_error_of_the_prediction(norm):
     maps, target = torch.rand(5, 4, 9, 9), torch.rand(5, 9, 9)
     valid = torch.tensor([True, False, True, True, False])
     expected = F.mse_loss(minmax(align.aligner.predict(maps))[valid], target[valid])
-    torch.testing.assert_close(align.loss(maps, target, valid), expected)
+    torch.testing.assert_close(align.loss(maps, target, valid.float()), expected)
 
 
 def test_an_unknown_aggregate_is_named():
-    with pytest.raises(ValueError, match="--aggregate is one of learn, layer-mean; got 'max'"):
+    with pytest.raises(ValueError, match="--aggregate is one of learn, layer-mean, layer-max, .*; got 'max'"):
         Align({}, 4, "max")
 
 
@@ -55,7 +55,7 @@ def picked(rows, counts):
     """A WordRows in which only the rows matter."""
     texts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     rows, nothing = torch.tensor(rows), torch.zeros(0)
-    return WordRows(rows, counts, texts, rows, nothing, nothing, [])
+    return WordRows(rows, counts, texts, rows, nothing, nothing, [], nothing)
 
 
 @pytest.mark.parametrize("rank", [0, 8])

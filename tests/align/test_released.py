@@ -61,7 +61,7 @@ def test_no_matched_word_costs_nothing():
     """There a batch in which no word matches adds a constant 10, which moves the reported loss and no weight."""
     align = Align({}, 4, "layer-mean")
     maps = torch.rand(3, 4, 9, 9, requires_grad=True)
-    loss = align.loss(maps, torch.rand(3, 9, 9), torch.zeros(3, dtype=torch.bool))
+    loss = align.loss(maps, torch.rand(3, 9, 9), torch.zeros(3))
     loss.backward()
     assert loss.item() == 0 and not maps.grad.any()
     assert all(p.grad is not None and not p.grad.any() for p in align.parameters())
@@ -74,7 +74,7 @@ def test_the_loss_is_theirs_where_words_match():
     maps, target = torch.rand(5, 4, 32, 32), torch.rand(5, 32, 32)
     predicted = minmax(align.aligner.predict(maps))
     theirs = sum(F.mse_loss(a, b) for a, b in zip(predicted, target, strict=True)) / 5
-    torch.testing.assert_close(align.loss(maps, target, torch.ones(5, dtype=torch.bool)), theirs)
+    torch.testing.assert_close(align.loss(maps, target, torch.ones(5)), theirs)
 
 
 def test_words_of_several_tokens_are_aligned_and_the_prompt_is_not(vlm_folder, store_folder):

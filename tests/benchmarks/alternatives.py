@@ -125,23 +125,23 @@ def diffusion_rows(side: int, d: int, b=4, h=8, length=77, w=8, backends=(OWN,))
 # --- aligner_mse ------------------------------------------------------------------------------------------------------
 
 
-def eager_mse(features, weight, bias, target, valid):
+def eager_mse(features, weight, bias, target, trust):
     maps = F.conv2d(features, weight[None, :, None, None], bias)[:, 0].float()
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     error = ((maps - low) / (high - low + 1e-6) - target).square().mean((1, 2))
-    return (error * valid).sum() / valid.sum().clamp(min=1)
+    return (error * trust).sum() / trust.sum().clamp(min=1)
 
 
 def aligner_rows(m=256, c=32, g=32, backends=(OWN,), compiled=COMPILES) -> list[Row]:
     features = torch.randn(m, c, g, g, device=DEVICE, dtype=DTYPE).requires_grad_()
     weight, bias = (torch.randn(k, device=DEVICE, dtype=DTYPE).requires_grad_() for k in (c, 1))
-    target, valid = torch.rand(m, g, g, device=DEVICE), torch.rand(m, device=DEVICE) < 0.7
+    target, trust = torch.rand(m, g, g, device=DEVICE), (torch.rand(m, device=DEVICE) < 0.7).float()
     inputs = (features, weight, bias)
-    methods = {f"ours ({x})": lambda x=x: ops.aligner_mse(*inputs, target, valid=valid, backend=x) for x in backends}
-    methods["eager"] = lambda: eager_mse(*inputs, target, valid)
+    methods = {f"ours ({x})": lambda x=x: ops.aligner_mse(*inputs, target, trust=trust, backend=x) for x in backends}
+    methods["eager"] = lambda: eager_mse(*inputs, target, trust)
     if compiled:
         quick = torch.compile(eager_mse)
-        methods["compiled"] = lambda: quick(*inputs, target, valid)
+        methods["compiled"] = lambda: quick(*inputs, target, trust)
     nbytes = 2 * features.nbytes + target.nbytes
     return [
         measure("aligner_mse", f"{m} words, {c} channels", name, f, inputs, 0, nbytes) for name, f in methods.items()

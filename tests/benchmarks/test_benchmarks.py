@@ -140,6 +140,6 @@ def test_the_alternatives_compute_the_same():
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
     features, weight, bias = torch.randn(3, 2, 4, 5, generator=draw), torch.randn(2, generator=draw), torch.randn(1)
-    target, valid = torch.rand(3, 4, 5, generator=draw), torch.tensor([True, False, True])
-    wanted = ops.aligner_mse(features, weight, bias, target, valid=valid, backend="torch")
-    torch.testing.assert_close(eager_mse(features, weight, bias, target, valid), wanted)
+    target, trust = torch.rand(3, 4, 5, generator=draw), torch.tensor([1.0, 0.0, 1.0])
+    wanted = ops.aligner_mse(features, weight, bias, target, trust=trust, backend="torch")
+    torch.testing.assert_close(eager_mse(features, weight, bias, target, trust), wanted)

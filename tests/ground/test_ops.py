@@ -187,19 +187,20 @@ def draw_aligner(m=5, c=3, gy=4, gx=6, seed=0):
     return (
         [x.requires_grad_() for x in (features, weight, bias)],
         target,
-        torch.tensor([True, False, True, True, False]),
+        # One word is not looked at, the others count differently.
+        torch.tensor([1.0, 0.0, 0.25, 2.0, 0.0]),
     )
 
 
 @pytest.mark.parametrize("output", ["minmax", "none"])
 def test_aligner_mse_is_conv_minmax_mse(output):
-    (features, weight, bias), target, valid = draw_aligner()
+    (features, weight, bias), target, trust = draw_aligner()
     predicted = F.conv2d(features, weight[None, :, None, None], bias[None])[:, 0]
     if output == "minmax":
         low, high = predicted.flatten(1).min(1).values, predicted.flatten(1).max(1).values
         predicted = (predicted - low[:, None, None]) / (high - low + 1e-6)[:, None, None]
-    wanted = F.mse_loss(predicted[valid], target[valid])
-    got = ops.aligner_mse(features, weight, bias, target, output=output, valid=valid)
+    wanted = sum(t * F.mse_loss(p, y) for t, p, y in zip(trust, predicted, target, strict=True)) / trust.sum()
+    got = ops.aligner_mse(features, weight, bias, target, output=output, trust=trust)
     torch.testing.assert_close(got, wanted)
     inputs = (features, weight, bias)
     for a, b in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(wanted, inputs), strict=True):
@@ -208,22 +209,22 @@ def test_aligner_mse_is_conv_minmax_mse(output):
 
 @pytest.mark.parametrize("output", ["minmax", "none"])
 def test_aligner_mse_gradcheck(output):
-    inputs, target, valid = draw_aligner(m=5, c=2, gy=2, gx=3)
-    assert torch.autograd.gradcheck(lambda *x: reference.aligner_mse(*x, target, output=output, valid=valid), inputs)
+    inputs, target, trust = draw_aligner(m=5, c=2, gy=2, gx=3)
+    assert torch.autograd.gradcheck(lambda *x: reference.aligner_mse(*x, target, output=output, trust=trust), inputs)
 
 
-def test_aligner_mse_no_valid_word_is_exactly_zero():
-    inputs, target, valid = draw_aligner()
-    loss = ops.aligner_mse(*inputs, target, valid=torch.zeros_like(valid))
+def test_aligner_mse_without_trust_is_exactly_zero():
+    inputs, target, trust = draw_aligner()
+    loss = ops.aligner_mse(*inputs, target, trust=torch.zeros_like(trust))
     loss.backward()
     assert loss == 0 and all(x.grad is not None and (x.grad == 0).all() for x in inputs)
 
 
 def test_aligner_mse_constant_map_counts_in_the_loss_and_not_in_the_gradient():
-    (features, weight, bias), target, valid = draw_aligner()
+    (features, weight, bias), target, trust = draw_aligner()
     constant = torch.ones_like(features).requires_grad_()
-    loss = ops.aligner_mse(constant, weight, bias, target, valid=valid)
-    torch.testing.assert_close(loss, target[valid].square().mean())
+    loss = ops.aligner_mse(constant, weight, bias, target, trust=trust)
+    torch.testing.assert_close(loss, (target.square().mean((1, 2)) * trust).sum() / trust.sum())
     loss.backward()
     assert all((x.grad == 0).all() for x in (constant, weight, bias))
 
@@ -231,9 +232,9 @@ def test_aligner_mse_constant_map_counts_in_the_loss_and_not_in_the_gradient():
 def test_aligner_mse_ties_share_the_gradient():
     """Two cells tie for the maximum: each gets half of what central differences of both together give."""
     features = torch.tensor([0.0, 0.3, 1.0, 1.0], dtype=torch.float64).view(1, 1, 2, 2)
-    target, valid = torch.tensor([0.2, 0.1, 0.5, 0.9], dtype=torch.float64).view(1, 2, 2), torch.tensor([True])
+    target, trust = torch.tensor([0.2, 0.1, 0.5, 0.9], dtype=torch.float64).view(1, 2, 2), torch.tensor([3.0])
     weight, bias = torch.ones(1, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    loss = lambda x: reference.aligner_mse(x, weight, bias, target, valid=valid)  # noqa: E731
+    loss = lambda x: reference.aligner_mse(x, weight, bias, target, trust=trust)  # noqa: E731
     grad = torch.autograd.grad(loss(features.requires_grad_()), features)[0].flatten()
     step = torch.tensor([0, 0, 1, 1], dtype=torch.float64).view(1, 1, 2, 2) * 1e-6
     both = (loss(features + step) - loss(features - step)) / 2e-6
@@ -306,8 +307,8 @@ def test_other_ops_say_what_is_wrong(annotations_unchecked):
         ops.diffusion_attention(x, x[:, :, :7], x[:, :, :7], torch.zeros(2, 7, 5), torch.zeros(2, 5, 15))
     with pytest.raises(ValueError, match="maps should be float32; got float16"):
         ops.diffusion_attention(x, x[:, :, :7], x[:, :, :7], torch.zeros(2, 7, 5), torch.zeros(2, 5, 16).half())
-    (features, weight, bias), target, valid = draw_aligner()
+    (features, weight, bias), target, trust = draw_aligner()
     with pytest.raises(ValueError, match='output should be "minmax" or "none"'):
-        ops.aligner_mse(features, weight, bias, target, output="softmax", valid=valid)
+        ops.aligner_mse(features, weight, bias, target, output="softmax", trust=trust)
     with pytest.raises(ValueError, match="bias should be one number"):
-        ops.aligner_mse(features, weight, weight, target, valid=valid)
+        ops.aligner_mse(features, weight, weight, target, trust=trust)

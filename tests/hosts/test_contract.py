@@ -45,7 +45,9 @@ def test_views_are_added_each_times_its_patches():
     assert len(views) == 2 and (views[1].index[1] == -1).all()
     query, key = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 20, 8)
     rows, texts = torch.tensor([0, 2, 1]), torch.tensor([0, 0, 1])
-    words = WordRows(rows, [2, 1], texts, rows, torch.ones(3).long(), torch.zeros(3, MAP_SIDE, MAP_SIDE), views)
+    words = WordRows(
+        rows, [2, 1], texts, rows, torch.ones(3).long(), torch.zeros(3, MAP_SIDE, MAP_SIDE), views, torch.ones(3)
+    )
     sink = Sink(family_of("llava", "llava"), words, [0], None, lambda maps: maps)
     maps = sink.maps(query=query, key=key, rows=rows, attn_mask=None, is_causal=False, scale=None)
     attention = (query @ key.mT * 8**-0.5).softmax(-1)

@@ -60,7 +60,9 @@ def last_rows(host, size, ids):
     n, last = len(ids), torch.full((len(ids),), ids.shape[1] - 1)
     view = host.family.views(size, host.processor, host.model.config, ids[0], (0.0, 1.0, 0.0, 1.0))
     targets = torch.zeros(n, MAP_SIDE, MAP_SIDE)
-    return WordRows(last, [1] * n, torch.arange(n), last, torch.ones(n).long(), targets, collate_views([view] * n))
+    return WordRows(
+        last, [1] * n, torch.arange(n), last, torch.ones(n).long(), targets, collate_views([view] * n), torch.ones(n)
+    )
 
 
 def sink_of(family, words, parallel=None):

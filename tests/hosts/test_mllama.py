@@ -87,7 +87,7 @@ def test_maps_equal_those_of_eager_attention(loaded, batch, vlm_folder):
 def test_uniform_attention_is_one_everywhere():
     """A query of zeros attends to every key alike: to each with 1 / keys, which times the patches of the picture is the unit."""
     view, keys, one = layout(300, 900, (0, 1, 0, 1)), 4 * 1601, torch.tensor([0])
-    words = WordRows(one, [1], one, one, one + 1, torch.zeros(1, MAP_SIDE, MAP_SIDE), [view])
+    words = WordRows(one, [1], one, one, one + 1, torch.zeros(1, MAP_SIDE, MAP_SIDE), [view], torch.ones(1))
     sink = Sink(Mllama(), words, [1], None, lambda maps: maps)
     query, key = torch.zeros(1, 2, 1, 4), torch.randn(1, 1, keys, 4)
     maps = sink.maps(query=query, key=key, rows=one, attn_mask=None, is_causal=False, scale=None)

@@ -18,8 +18,8 @@ def check_aligner(
     if change:
         change(features)
     weight, bias, target = draw(1, c, dtype=dtype), draw(2, 1, dtype=dtype), draw(3, m, gy, gx).sigmoid()
-    valid = draw(4, m) > least
-    options = {"output": output, "valid": valid}
+    trust = (draw(4, m) - least).clamp(min=0)
+    options = {"output": output, "trust": trust}
     inputs = (features, weight, bias)
     got = with_gradients(ops.aligner_mse, inputs, target, backend="triton", **options)
     low = with_gradients(low_precision_mse, inputs, target, **options)
@@ -27,23 +27,23 @@ def check_aligner(
     for x, y, z in zip(got, low, exact, strict=True):
         close(x, y, z)
     assert got[1].dtype == dtype and got[1].stride() == features.stride() and got[3].shape == bias.shape
-    return got, valid
+    return got, trust
 
 
-def low_precision_mse(features, weight, bias, target, *, output, valid):
+def low_precision_mse(features, weight, bias, target, *, output, trust):
     z = (features * weight[:, None, None]).sum(1) + bias
     if output == "minmax":
         low, high = z.amin((1, 2), keepdim=True), z.amax((1, 2), keepdim=True)
         z = (z - low) / torch.where(high > low, high - low + 1e-6, torch.inf)
-    error = (z - target)[valid].square()
-    return error.float().sum() / max(error.numel(), 1)
+    error = (z - target)[trust > 0].square().float().mean((1, 2))
+    return (error * trust[trust > 0]).sum() / (trust.sum() if trust.any() else 1)
 
 
 @pytest.mark.parametrize("output", ["minmax", "none"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_aligner_mse(output, channels_last):
-    (_, df, _, _), valid = check_aligner(output=output, channels_last=channels_last)
-    assert 0 < valid.sum() < 4 and (df[~valid] == 0).all() and (df[valid] != 0).any()
+    (_, df, _, _), trust = check_aligner(output=output, channels_last=channels_last)
+    assert 0 < (trust > 0).sum() < 4 and (df[trust == 0] == 0).all() and (df[trust > 0] != 0).any()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -70,12 +70,12 @@ def test_aligner_mse_with_ties_and_constant_maps():
     check_aligner(c=1, change=change, least=-9)
 
 
-def test_aligner_mse_of_no_valid_word_and_of_no_word():
+def test_aligner_mse_without_trust_and_without_words():
     for m in (3, 0):
         features, weight, bias = draw(0, m, 2, 4, 4), draw(1, 2), draw(2, 1)
-        valid, target = torch.zeros(m, dtype=torch.bool, device=DEVICE), torch.zeros(m, 4, 4, device=DEVICE)
+        trust, target = torch.zeros(m, device=DEVICE), torch.zeros(m, 4, 4, device=DEVICE)
         inputs = [x.requires_grad_() for x in (features, weight, bias)]
-        loss = ops.aligner_mse(*inputs, target, valid=valid, backend="triton")
+        loss = ops.aligner_mse(*inputs, target, trust=trust, backend="triton")
         loss.backward()
         assert loss == 0 and all(x.grad is not None and (x.grad == 0).all() for x in inputs)
 
@@ -93,7 +93,7 @@ def test_aligner_mse_keeps_maps_not_features_for_the_backward():
             weight,
             bias,
             draw(3, 4, 8, 8),
-            valid=torch.ones(4, dtype=torch.bool, device=DEVICE),
+            trust=torch.ones(4, device=DEVICE),
             backend="triton",
         )
     assert max(saved) == 4 * 8 * 8

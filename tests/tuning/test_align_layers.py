@@ -28,7 +28,7 @@ def gradients(model, batch):
     align, spoken = model.align, word_rows(batch["words"])
     sink = model.sink(spoken, model.layers)
     model.family.hidden_states(model.base, inputs_of(batch), sink)
-    everything = torch.ones(len(spoken.lengths), dtype=torch.bool)
+    everything = torch.ones(len(spoken.lengths))
     align.loss(model.word_maps(align, sink), spoken.targets, everything).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
 

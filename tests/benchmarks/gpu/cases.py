@@ -186,18 +186,22 @@ def diffusion_ways(dtype: torch.dtype, sizes: Diffusion) -> Ways:
 
 def aligner_ways(dtype: torch.dtype, sizes: Aligner) -> Ways:
     m, c, g, output = sizes
-    inputs, target, valid = [draw(0, m, c, *g), draw(1, c), draw(2, 1)], draw(3, m, *g).sigmoid(), draw(4, m) > -0.8
-    valid[0] = True
+    inputs, target, trust = (
+        [draw(0, m, c, *g), draw(1, c), draw(2, 1)],
+        draw(3, m, *g).sigmoid(),
+        (draw(4, m) > -0.8).float(),
+    )
+    trust[0] = 1
 
     def kernel(*inputs):
-        return ops.aligner_mse(*inputs, target, output=output, valid=valid, backend="triton")
+        return ops.aligner_mse(*inputs, target, output=output, trust=trust, backend="triton")
 
     def eager(features, weight, bias):
         z = (features * weight[:, None, None]).sum(1) + bias
         if output == "minmax":
             low, high = z.amin((1, 2), keepdim=True), z.amax((1, 2), keepdim=True)
             z = (z - low) / (high - low + 1e-6)
-        error = (z - target)[valid].square()
+        error = (z - target)[trust > 0].square()
         return error.to(torch.promote_types(error.dtype, torch.float32)).mean()
 
     return Ways(kernel, eager, inputs)
