@@ -54,7 +54,7 @@ class ParallelAttention(nn.Module):
     """W_Qd and W_Kd of one layer.
 
     With a `rank` each is the frozen pretrained projection plus a low-rank correction: 6.8 M parameters for all of Llama 3.2 at
-    rank 64. With rank 0 each is a full copy: 168 M. From noise there is nothing to correct: each is one matrix, or a product of two.
+    rank 64. With rank 0 each is a full copy: 168 M. From noise each is one matrix, or a product of two.
     """
 
     def __init__(self, attention: Any, rank: int, start: str = "pretrained"):

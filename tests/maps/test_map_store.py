@@ -161,7 +161,13 @@ def test_check_counts_and_finds_nothing_wrong(tmp_path, capsys):
     assert main(["check", str(tmp_path)]) == 0
     out, bar = capsys.readouterr()
     size = sum(file.stat().st_size for file in tmp_path.glob("*.parquet")) / 1e6
-    assert out == f"{tmp_path}: 70 rows, {words} words, 2 shards, {size:.1f} MB\nnothing is wrong\n" and "100%" in bar
+    counted, spread, verdict = out.splitlines()
+    assert counted == f"{tmp_path}: 70 rows, {words} words, 2 shards, {size:.1f} MB" and "100%" in bar
+    maps = np.concatenate([np.asarray(row(i)[4], np.float16).astype(np.float64).reshape(-1, 1024) for i in range(70)])
+    contrast = (maps.max(1) - maps.min(1)) / maps.mean(1)
+    for shown, share in zip(spread.split(": ")[1].split(" (")[0].split(", "), (0, 0.2, 0.4, 0.6, 0.8, 1), strict=True):
+        assert abs(float(shown) - np.quantile(contrast, share)) < 0.006
+    assert verdict == "nothing is wrong"
     assert main(["check", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.endswith("there is no recipe.json; run extract.py first\n")
 
