@@ -147,7 +147,9 @@ def make_trainer(flags: Flags, args: Training, datasets: Datasets) -> LavenderTr
             args=args,
             train_dataset=datasets.train,
             eval_dataset=datasets.held_out,
-            data_collator=Collator(processor, model.family, model.base.config, frame, flags.words, flags.attend),
+            data_collator=Collator(
+                processor, model.family, model.base.config, frame, flags.words, flags.attend, flags.pos
+            ),
             processing_class=processor,
             pretrain_aligner_steps=flags.pretrain_aligner_steps,
         )
