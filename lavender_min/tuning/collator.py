@@ -27,6 +27,7 @@ from lavender_min.failing import naming, one_line
 from lavender_min.geometry import MAP_SIDE, minmax
 from lavender_min.hosts.base import Box, Family, collate_views
 from lavender_min.maps import MapStore, StoredMaps
+from lavender_min.tuning import grammar
 from lavender_min.tuning.vision_cache import VisionCache
 from lavender_min.words import token_spans
 
@@ -173,8 +174,9 @@ class MappedWord(NamedTuple):
 class Collator:
     """[(example, its maps)] ─► the keyword arguments of `Lavender.forward`.
 
-    `frame` is what the maps cover, `words` which fields are aligned (answer, or all), `attend` which rows speak for a word, `trust`
-    how much each word's error counts.
+    `frame` is what the maps cover, `words` which fields are aligned (answer, or all), `attend` which rows speak for a word, `pos`
+    which parts of speech are aligned, with commas between (see `grammar.PARTS`; "": every word), `trust` how much each word's
+    error counts.
     """
 
     def __init__(
@@ -185,11 +187,13 @@ class Collator:
         frame: str = "whole",
         words: str = "answer",
         attend: str = "predicting",
+        pos: str = "",
         trust: WordTrust = ALIKE,
     ):
         self.processor, self.family, self.config = processor, family, config
         self.frame = frame
         self.fields = ("answer",) if words == "answer" else ("question", "answer")
+        self.pos = pos.split(",") if pos else []
         self.trust = trust
         # A row predicts the token after it.
         self.behind = 1 if attend == "predicting" else 0
@@ -227,6 +231,9 @@ class Collator:
         if stored is None:
             return []
         wanted = [i for i, word in enumerate(stored.words) if word.field in self.fields]
+        if self.pos:
+            parts = {field: grammar.parts_of_speech(getattr(stored, field)) for field in self.fields}
+            wanted = [i for i in wanted if parts[stored.words[i].field].get(stored.words[i].start) in self.pos]
         placed = [stored.words[i] for i in wanted]
         spans = [(said.starts[word.field] + word.start, said.starts[word.field] + word.end) for word in placed]
         found = [(i, tokens) for i, tokens in zip(wanted, token_spans(spans, offsets), strict=True) if tokens]

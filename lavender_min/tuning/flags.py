@@ -11,11 +11,12 @@ from lavender_min import cli, data
 from lavender_min.align import AGGREGATIONS, ALIGNERS, NORMS, TRUST, layers
 from lavender_min.cli import flag
 from lavender_min.hosts import FAMILIES
+from lavender_min.tuning import grammar
 
 MODES = ("qlora", "lora", "full")
 # What --train_only may name, beside a regular expression.
 COMPONENTS = ("vision", "projector", "language")
-MATCHES = ("exact", "all")
+MATCHES = ("exact", "root", "all")
 ATTEND = ("predicting", "reading")
 LATENTS = ("lifted", "reshape")
 STARTS = ("pretrained", "noise")
@@ -55,8 +56,18 @@ class ModelFlags:
     aligner_kernel: int = flag(3, "3 is the paper's conv, 1 its mlp", [3, 1])
     aligner_norm: str = flag("instance", "norm inside the Aligner", NORMS)
     lambda_att: float = flag(10.0, "weight of the alignment loss; 0 only measures it")
-    match: str = flag("exact", "align the words that the host predicts right, or all", MATCHES)
+    match: str = flag(
+        "exact",
+        "align the words that the host predicts right; root: those too of which it predicts another form (dog for dogs, in "
+        "English); or all",
+        MATCHES,
+    )
     words: str = flag("answer", "align words of the answer, or of question and answer", ["answer", "all"])
+    pos: str = flag(
+        "",
+        f"align only words of these parts of speech, of {', '.join(grammar.PARTS)} (several with commas), which an English word "
+        "has in its sentence (default: all words)",
+    )
     attend: str = flag("predicting", "the rows that predict a word, or that read it", ATTEND)
     trust: str = flag(
         "none",
@@ -83,6 +94,10 @@ class ModelFlags:
             raise ValueError(f"--trust is none, contrast or threshold:X, such as threshold:0.6; got {self.trust!r}")
         if self.align_layers:
             layers.check(self.align_layers)
+        if self.pos and not set(self.pos.split(",")) <= grammar.PARTS.keys():
+            raise ValueError(
+                f"--pos must name some of {', '.join(grammar.PARTS)}, with commas between; got {self.pos!r}"
+            )
         if self.train_only and self.mode != "full":
             raise ValueError(f"--train_only {self.train_only} goes with --full; adapters are placed by --lora_targets")
         for name in ("lora_targets", "train_only"):
@@ -123,6 +138,8 @@ class Flags(ModelFlags):
         self.vlm = self.vlm or data.SOURCES[self.data].vlm
         self.maps = self.maps or f"maps/{self.data}"
         super().__post_init__()
+        if self.match == "root" or self.pos:
+            grammar.require("--match root" if self.match == "root" else "--pos")
         cli.at_least(1, limit=self.limit, picture_steps=self.picture_steps)
         cli.at_least(0, pretrain_aligner_steps=self.pretrain_aligner_steps)
         if self.eval_share is not None and not 0 < self.eval_share < 1:

@@ -17,6 +17,7 @@ from lavender_min.align.aligner import Align
 from lavender_min.geometry import PatchLayout, minmax
 from lavender_min.hosts.base import Family, WordRows
 from lavender_min.hosts.reading import Sink
+from lavender_min.tuning.grammar import SameRoot
 
 
 class Predicted(NamedTuple):
@@ -29,8 +30,9 @@ class Predicted(NamedTuple):
 class Lavender(nn.Module):
     """`host` is hooked (see `hosts.reading`), with or without PEFT adapters; `align` is trained beside it and left behind.
 
-    `match` says which words are aligned: "exact", those that the host predicts right, or "all". `align_layers` says which layers
-    are read (see `align.layers`), with or without alignment: compared models must be read in the same ones.
+    `match` says which words are aligned: "all"; "exact", those that the host predicts right; or a function that says whether two
+    words have the same root, for which it is enough to predict another form of the word. `align_layers` says which layers are
+    read (see `align.layers`), with or without alignment: compared models must be read in the same ones.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class Lavender(nn.Module):
         family: Family,
         align: Align | None = None,
         lambda_att: float = 10.0,
-        match: str = "exact",
+        match: str | SameRoot = "exact",
         align_layers: str = "",
     ):
         super().__init__()
@@ -128,14 +130,16 @@ class Lavender(nn.Module):
 
     def matched(self, predicted: Predicted, input_ids: Int[Tensor, "b t"], words: WordRows) -> Bool[Tensor, " m"]:
         """`exact`: the words all of whose tokens the teacher-forced argmax gets right (paper, 6: exact word match)."""
-        per_row = words.tokens >= 0
-        if self.match == "exact":
-            guess = torch.full_like(input_ids, -1)
-            guess[predicted.wanted] = predicted.logits.argmax(-1)
-            # right[b, i]: token i was predicted.
-            right = nn.functional.pad(guess[:, :-1] == input_ids[:, 1:], (1, 0))
-            per_row = per_row & right[words.texts, words.tokens.long().clamp(min=0)]
-        return torch.segment_reduce(per_row.float(), "min", lengths=words.lengths.long()) > 0
+        real, tokens = words.tokens >= 0, words.tokens.long().clamp(min=0)
+        if self.match == "all":
+            return every(real, words.lengths)
+        guess = torch.full_like(input_ids, -1)
+        guess[predicted.wanted] = predicted.logits.argmax(-1)
+        # said[b, i]: what the host says in place of token i. Before the first nothing is said.
+        said = nn.functional.pad(guess[:, :-1], (1, 0), value=-1)[words.texts, tokens].where(real, -1)
+        own = input_ids[words.texts, tokens]
+        exact = every(said == own, words.lengths)
+        return exact if isinstance(self.match, str) else exact | by_root(said, own, words.lengths, self.match)
 
     @torch.no_grad()
     def read(self, words: dict[str, Any], **inputs: Any) -> dict[str, Float[Tensor, "m g g"]]:
@@ -181,6 +185,29 @@ def word_rows(words: dict[str, Any]) -> WordRows:
 def per_word(maps: Float[Tensor, "n c g g"], lengths: Int[Tensor, " m"]) -> Float[Tensor, "m c g g"]:
     """The mean over each word's rows."""
     return torch.segment_reduce(maps, "mean", lengths=lengths.long(), axis=0)
+
+
+def every(holds: Bool[Tensor, " n"], lengths: Int[Tensor, " m"]) -> Bool[Tensor, " m"]:
+    """Whether something holds at every row of each word."""
+    return torch.segment_reduce(holds.float(), "min", lengths=lengths.long()) > 0
+
+
+def by_root(
+    said: Int[Tensor, " n"], own: Int[Tensor, " n"], lengths: Int[Tensor, " m"], same_root: SameRoot
+) -> Bool[Tensor, " m"]:
+    """The words in whose place the host says another form of them (paper, 7.1: root word match).
+
+    `own` are the tokens of the words, `said` what the host says in place of each. Teacher forcing shows what it says up to the
+    first token that differs, and no further: after that it has read the word's own tokens, not what it said. So for "dog|s" it
+    may say "dog" and the next word, and for "do|g" the one token "dogs"; what it says in more tokens stays half heard.
+    """
+    rows = zip(said.cpu().split(lengths.tolist()), own.cpu().split(lengths.tolist()), strict=True)
+    found = []
+    for heard, word in ((heard.tolist(), word.tolist()) for heard, word in rows):
+        # A word whose every token is right is no other form, and one without rows says −1.
+        wrong = next((i for i, token in enumerate(word) if heard[i] != token), None)
+        found.append(wrong is not None and heard[wrong] >= 0 and same_root(heard[: wrong + 1], word))
+    return torch.tensor(found, device=said.device)
 
 
 def without_autocast(like: Tensor):

@@ -22,6 +22,7 @@ from lavender_min.align.aligner import Align
 from lavender_min.failing import naming, read_json, shaped
 from lavender_min.hosts.base import Family
 from lavender_min.hosts.load import Host, load
+from lavender_min.tuning import grammar
 from lavender_min.tuning.flags import COMPONENTS, ModelFlags
 from lavender_min.tuning.model import Lavender, read_layers
 
@@ -63,7 +64,8 @@ def build(
             host = PeftModel.from_pretrained(host, str(trained))
     elif flags.mode != "full":
         host = with_adapters(host, family, flags)
-    model = Lavender(host, family, align, flags.lambda_att, flags.match, flags.align_layers)
+    match = grammar.same_root(processor) if flags.match == "root" else flags.match
+    model = Lavender(host, family, align, flags.lambda_att, match, flags.align_layers)
     if trained and align is not None:
         load_align(model, trained)
     return model, processor

@@ -76,10 +76,10 @@ def try_step(trainer: Any, model: nn.Module) -> None:
         if counts[1]:
             return
     mapped, tried = int(counts[0]), min(start + n * args.world_size, len(dataset))
-    require(mapped, f"the first {tried} examples hold no word with a map; does --words all find some?")
+    require(mapped, f"the first {tried} examples hold no word with a map; does --words all find some, or no --pos?")
     raise ValueError(
         f"stopped before the first step: the host predicts none of {mapped} mapped words in {tried} examples, so "
-        "--match exact aligns nothing; take --match all, or a host that knows its task"
+        "nothing would be aligned; take --match all, or a host that knows its task"
     )
 
 

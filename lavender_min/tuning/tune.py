@@ -145,7 +145,8 @@ def make_trainer(flags: Flags, args: Training, datasets: Datasets) -> LavenderTr
     store = datasets.train.store
     frame = "whole" if store is None or flags.plain else store.recipe["frame"]
     trust = partial(word_trust, flags.trust, AGGREGATIONS[flags.aggregate].regularised)
-    collate = Collator(processor, model.family, model.base.config, frame, flags.words, flags.attend, trust)
+    choice = flags.words, flags.attend, flags.pos
+    collate = Collator(processor, model.family, model.base.config, frame, *choice, trust)
     with naming("--push_to_hub") if args.push_to_hub else nullcontext():
         return LavenderTrainer(
             model=model,
