@@ -150,6 +150,7 @@ def make_trainer(flags: Flags, args: Training, datasets: Datasets) -> LavenderTr
             data_collator=Collator(processor, model.family, model.base.config, frame, flags.words, flags.attend),
             processing_class=processor,
             pretrain_aligner_steps=flags.pretrain_aligner_steps,
+            lambda_schedule=flags.lambda_schedule,
         )
 
 
