@@ -12,6 +12,7 @@ from lavender_min.align import AGGREGATIONS, ALIGNERS, NORMS, TRUST, layers
 from lavender_min.cli import flag
 from lavender_min.hosts import FAMILIES
 from lavender_min.tuning import grammar
+from lavender_min.tuning.schedules import LAMBDA_SCHEDULES
 
 MODES = ("qlora", "lora", "full")
 # What --train_only may name, beside a regular expression.
@@ -56,6 +57,11 @@ class ModelFlags:
     aligner_kernel: int = flag(3, "3 is the paper's conv, 1 its mlp", [3, 1])
     aligner_norm: str = flag("instance", "norm inside the Aligner", NORMS)
     lambda_att: float = flag(10.0, "weight of the alignment loss; 0 only measures it")
+    lambda_schedule: str = flag(
+        "constant",
+        "how that weight changes in training: constant, the paper's, or to 0 at the end of the run, linear or cosine",
+        LAMBDA_SCHEDULES,
+    )
     match: str = flag(
         "exact",
         "align the words that the host predicts right; root: those too of which it predicts another form (dog for dogs, in "
@@ -123,7 +129,10 @@ class Flags(ModelFlags):
     qlora: bool = flag(False, "4-bit host (NF4, double quantisation) with LoRA adapters")
     lora: bool = flag(False, "LoRA adapters; what is done when nothing else is asked")
     full: bool = flag(False, "train every weight of the host")
-    pretrain_aligner_steps: int = flag(0, "steps that train the Aligner only")
+    pretrain_aligner_steps: float = flag(
+        0,
+        "steps that train only what --aggregate and --aligner add, before the host joins; below 1, a share of the run's steps",
+    )
     cache_vision: bool = flag(False, "run the frozen vision tower once a picture, and keep its states on disk")
     picture_steps: int = flag(100, "with --report_to tensorboard: steps between pictures of word maps")
     plan: bool = flag(False, "only say where a GPU's memory would go, and load nothing")
@@ -141,7 +150,11 @@ class Flags(ModelFlags):
         if self.match == "root" or self.pos:
             grammar.require("--match root" if self.match == "root" else "--pos")
         cli.at_least(1, limit=self.limit, picture_steps=self.picture_steps)
-        cli.at_least(0, pretrain_aligner_steps=self.pretrain_aligner_steps)
+        self.pretrain_aligner_steps = steps_or_share(self.pretrain_aligner_steps)
+        if self.plain and self.pretrain_aligner_steps:
+            raise ValueError(
+                f"--pretrain_aligner_steps {self.pretrain_aligner_steps} trains the Aligner, and --plain has none: leave out one"
+            )
         if self.eval_share is not None and not 0 < self.eval_share < 1:
             raise ValueError(f"--eval_share must be above 0 and below 1; got {self.eval_share}")
         if self.eval_share is not None and self.eval_split is not None:
@@ -160,3 +173,12 @@ class Flags(ModelFlags):
     @property
     def of_model(self) -> ModelFlags:
         return ModelFlags(**{field.name: getattr(self, field.name) for field in fields(ModelFlags)})
+
+
+def steps_or_share(given: float) -> float:
+    """--pretrain_aligner_steps: a share below 1 as it is, whole steps as a whole number. Raises ValueError for what is neither."""
+    if 0 <= given < 1 or (given >= 1 and float(given).is_integer()):
+        return given if 0 < given < 1 else int(given)
+    raise ValueError(
+        f"--pretrain_aligner_steps must be a share of the run below 1, such as 0.1, or a whole number of steps; got {given}"
+    )

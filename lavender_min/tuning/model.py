@@ -71,6 +71,7 @@ class Lavender(nn.Module):
         words: dict[str, Any],
         num_items_in_batch: Tensor | int | float | None = None,
         accumulation_steps: int = 1,
+        lambda_scale: float = 1.0,
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """The losses of a batch, as `loss`, `loss_vlm`, `loss_att`, and `words`, how many words of it were aligned.
@@ -78,6 +79,7 @@ class Lavender(nn.Module):
         `labels` are −100 where nothing is to be learnt. `words` are the fields of a WordRows (Trainer, DDP and FSDP carry a dict,
         but no NamedTuple). `loss_vlm` is summed over labels and divided by `num_items_in_batch`, the labels of a whole accumulated
         batch, as the Trainer counts them; `loss_att` is a mean, so it is divided by `accumulation_steps` before it joins the loss.
+        `lambda_scale` is what λ is multiplied by in this step (see `schedules`).
         """
         align, spoken = self.align, word_rows(words)
         sink = None if align is None else self.sink(spoken, self.layers if align.how.reads == "host" else [])
@@ -104,7 +106,7 @@ class Lavender(nn.Module):
         valid = self.matched(predicted, inputs["input_ids"], spoken)
         with without_autocast(hidden):
             loss_att = align.loss(self.word_maps(align, sink), spoken.targets, spoken.trust * valid)
-        loss = loss_vlm + self.lambda_att * loss_att / accumulation_steps
+        loss = loss_vlm + self.lambda_att * lambda_scale * loss_att / accumulation_steps
         return {"loss": loss, "loss_vlm": loss_vlm.detach(), "loss_att": loss_att.detach(), "words": valid.sum()}
 
     def sink(self, words: WordRows, own: list[int]) -> Sink:

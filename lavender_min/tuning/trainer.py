@@ -19,6 +19,7 @@ from lavender_min.tuning import sanity
 from lavender_min.tuning.checkpoints import STATE_FILE
 from lavender_min.tuning.model import Lavender
 from lavender_min.tuning.runs import ALIGN_FILE, load_align
+from lavender_min.tuning.schedules import LAMBDA_SCHEDULES, aligner_steps
 
 NO_NUMBERS = "does a lower --learning_rate help, with another --output_dir?"
 
@@ -40,11 +41,14 @@ class ByLength(LengthGroupedSampler):
 
 
 class LavenderTrainer(Trainer):
-    """`Trainer` with two losses, an Aligner that may be trained first, and checkpoints that hold adapter and Aligner apart."""
+    """`Trainer` with two losses, an Aligner that may be trained first, and checkpoints that hold adapter and Aligner apart.
 
-    def __init__(self, *args, pretrain_aligner_steps: int = 0, **kwargs):
+    `pretrain_aligner_steps` below 1 is a share of the run's steps. `lambda_schedule` is one of `schedules.LAMBDA_SCHEDULES`.
+    """
+
+    def __init__(self, *args, pretrain_aligner_steps: float = 0, lambda_schedule: str = "constant", **kwargs):
         super().__init__(*args, **kwargs)
-        self.pretrain_aligner_steps = pretrain_aligner_steps
+        self.pretrain_aligner_steps, self.lambda_schedule = pretrain_aligner_steps, lambda_schedule
         # We divide by num_items_in_batch, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.sums: dict[str, Tensor] = {}
@@ -79,7 +83,9 @@ class LavenderTrainer(Trainer):
         if labels is not None and self.args.average_tokens_across_devices:
             # The Trainer counts labels over all processes, and gradients are averaged over them once more.
             labels = labels / self.accelerator.num_processes
-        out = model(**inputs, num_items_in_batch=labels, accumulation_steps=steps)
+        # A validation takes the model's own λ at every step, so that its losses can be compared.
+        scale = self.lambda_scale(self.state.global_step) if model.training else 1.0
+        out = model(**inputs, num_items_in_batch=labels, accumulation_steps=steps, lambda_scale=scale)
         if not model.training:
             # Weighted as the Trainer weighs `eval_loss`.
             share = torch.tensor(float(len(inputs["input_ids"])), device=out["loss"].device)
@@ -88,10 +94,14 @@ class LavenderTrainer(Trainer):
         else:
             for name, value in out.items():
                 if name != "loss":
-                    scale = steps if name == "loss_vlm" and labels is not None else 1
-                    self.sums[name] = self.sums.get(name, 0) + value.float() * scale
+                    parts = steps if name == "loss_vlm" and labels is not None else 1
+                    self.sums[name] = self.sums.get(name, 0) + value.float() * parts
             self.seen += 1
         return (out["loss"], out) if return_outputs else out["loss"]
+
+    def lambda_scale(self, step: int) -> float:
+        """What λ is multiplied by in the step that follows on `step` steps."""
+        return LAMBDA_SCHEDULES[self.lambda_schedule](step / self.state.max_steps)
 
     def evaluation_loop(self, *args, **kwargs):
         """Beside the loss, its two parts: eval_loss_vlm and, with alignment, eval_loss_att."""
@@ -123,6 +133,9 @@ class LavenderTrainer(Trainer):
                 if not math.isfinite(mean):
                     raise ValueError(f"stopped at step {self.state.global_step}: {name} is {mean}; {NO_NUMBERS}")
                 logs[name] = round(mean, 6)
+            if self.lambda_schedule != "constant" and "loss_att" in self.sums:
+                # Of the last step that is logged.
+                logs["lambda_att"] = self.lavender.lambda_att * self.lambda_scale(self.state.global_step - 1)
             self.require_numbers()
             self.sums, self.seen = {}, 0
         super().log(logs, start_time)
@@ -164,7 +177,7 @@ class LavenderTrainer(Trainer):
         )
         with naming(given):
             scheduler = super().create_scheduler(num_training_steps, optimizer)
-        n = self.pretrain_aligner_steps
+        n = aligner_steps(self.pretrain_aligner_steps, num_training_steps)
         if n:
             if not hasattr(scheduler, "lr_lambdas"):
                 raise ValueError(

@@ -156,6 +156,7 @@ def make_trainer(flags: Flags, args: Training, datasets: Datasets) -> LavenderTr
             data_collator=collate,
             processing_class=processor,
             pretrain_aligner_steps=flags.pretrain_aligner_steps,
+            lambda_schedule=flags.lambda_schedule,
         )
 
 

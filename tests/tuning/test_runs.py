@@ -54,6 +54,8 @@ def copy(finished, tmp_path):
         (["--weight_decay", "0.1"], "--weight_decay 0.0 ─► 0.1"),
         (["--bf16", "--use_cpu"], "--bf16 False ─► True"),
         (["--pretrain_aligner_steps", "1"], "--pretrain_aligner_steps 0 ─► 1"),
+        (["--pretrain_aligner_steps", "0.25"], "--pretrain_aligner_steps 0 ─► 0.25"),
+        (["--lambda_schedule", "linear"], "--lambda_schedule constant ─► linear"),
         (["--limit", "12"], "the examples 16 with sha256 "),
         (["--lora_r", "4"], "--lora_r 8 ─► 4"),
     ],
