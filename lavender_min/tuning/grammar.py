@@ -47,6 +47,7 @@ def roots(word: str) -> frozenset[str]:
     return frozenset(tagger().analyze(word, tag)[0].lower() for tag in tags)
 
 
+@functools.lru_cache(maxsize=100_000)
 def parts_of_speech(text: str) -> dict[int, str]:
     """Where each word of a text starts ─► its part of speech, "" where that is none of PARTS.
 

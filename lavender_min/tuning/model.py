@@ -131,7 +131,10 @@ class Lavender(nn.Module):
         return rows[:, :-1]
 
     def matched(self, predicted: Predicted, input_ids: Int[Tensor, "b t"], words: WordRows) -> Bool[Tensor, " m"]:
-        """`exact`: the words all of whose tokens the teacher-forced argmax gets right (paper, 6: exact word match)."""
+        """`exact`: the words all of whose tokens the teacher-forced argmax gets right (paper, 6: exact word match).
+
+        With a function in place of a name, those too of which it says another form (see `by_root`).
+        """
         real, tokens = words.tokens >= 0, words.tokens.long().clamp(min=0)
         if self.match == "all":
             return every(real, words.lengths)
@@ -203,9 +206,10 @@ def by_root(
     first token that differs, and no further: after that it has read the word's own tokens, not what it said. So for "dog|s" it
     may say "dog" and the next word, and for "do|g" the one token "dogs"; what it says in more tokens stays half heard.
     """
-    rows = zip(said.cpu().split(lengths.tolist()), own.cpu().split(lengths.tolist()), strict=True)
+    counts = lengths.tolist()
     found = []
-    for heard, word in ((heard.tolist(), word.tolist()) for heard, word in rows):
+    for rows in zip(said.cpu().split(counts), own.cpu().split(counts), strict=True):
+        heard, word = (tokens.tolist() for tokens in rows)
         # A word whose every token is right is no other form, and one without rows says −1.
         wrong = next((i for i, token in enumerate(word) if heard[i] != token), None)
         found.append(wrong is not None and heard[wrong] >= 0 and same_root(heard[: wrong + 1], word))

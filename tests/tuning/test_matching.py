@@ -254,6 +254,16 @@ def test_a_run_remembers_how_its_words_were_chosen(tmp_path):
         runs.remember(ModelFlags("toy", pos="noun"), tmp_path)
 
 
+def test_a_run_follows_both_flags(vlm_folder, store_folder, tmp_path, capsys):
+    """The host knows nothing, so that the run says how many words it looked at: those that a caption's nouns are."""
+    nouns = 0
+    for example in data.load("tune", 2)[:4]:
+        nouns += list(grammar.parts_of_speech(example.answer).values()).count("noun")
+    argv = flags_of(vlm_folder, store_folder, tmp_path / "out", "--match", "root", "--pos", "noun", "--limit", "4")
+    assert start(argv) == 2
+    assert f"predicts none of {nouns} mapped words in 4 examples" in capsys.readouterr().err
+
+
 def test_the_planner_compares_no_words(vlm_folder, batch):
     """It has no processor to spell them."""
     empty = memory.build(ModelFlags(vlm_folder, match="root", aggregate="layer-mean"), torch.float32)
