@@ -26,7 +26,6 @@ from lavender_min.toy.fitting import DEVICE, corpus, fit
 KINDS = ("caption", "color", "exists")
 # What a patch may show, in the order of a Thing's fields.
 KINDS_OF_PATCH = (world.SHAPES, tuple(world.COLORS), tuple(world.SIZES))
-TOWER_STEPS = 2600
 # Sentences about each picture when the whole is trained: the tower runs once for both.
 TEXTS = 2
 # Patches along the side of a picture, and of a tile.
@@ -56,8 +55,9 @@ class Training(NamedTuple):
     project: Callable[[Any, Tensor], Tensor]
     # (model, text, what it gets for each of its lines) ─► logits [b, t, vocabulary].
     speak: Callable[[Any, "Text", Tensor], Tensor]
-    # Of a step, and steps of the whole.
+    # Of a step, and steps of the tower and of the whole.
     pictures: int = 16
+    tower_steps: int = 2600
     whole_steps: int = 1600
 
 
@@ -203,7 +203,8 @@ TRAININGS = {
         lambda m: m.model.vision_model, mllama_look, tiles_shown, mllama_project, mllama_speak, 32, 1200
     ),
     "idefics3": Training(
-        lambda m: m.model.vision_model, idefics3_look, tiles_and_thumbnail_shown, idefics3_project, idefics3_speak
+        # A thing is often cut in two by the tiles, and the thumbnail shows it small: its shape takes longer to learn.
+        lambda m: m.model.vision_model, idefics3_look, tiles_and_thumbnail_shown, idefics3_project, idefics3_speak, 16, 6600
     ),
     "qwen2_vl": Training(lambda m: m.model.visual, qwen2_vl_look, blocks_shown, qwen2_vl_project, qwen2_vl_speak),
     "idefics": Training(lambda m: m.model.vision_model, idefics_look, patches_shown, idefics_project, idefics_speak),
@@ -238,7 +239,7 @@ def train_tower(name: str, built: hosts.Built, images: np.ndarray, out: Path) ->
         ]
         return torch.stack(losses).sum()
 
-    fit(f"{name}_tower", nn.ModuleList([tower, heads]), loss_of, TOWER_STEPS, 2e-3, out)
+    fit(f"{name}_tower", nn.ModuleList([tower, heads]), loss_of, how.tower_steps, 2e-3, out)
 
 
 def train_whole(name: str, built: hosts.Built, images: np.ndarray, out: Path) -> None:
