@@ -204,7 +204,13 @@ TRAININGS = {
     ),
     "idefics3": Training(
         # A thing is often cut in two by the tiles, and the thumbnail shows it small: its shape takes longer to learn.
-        lambda m: m.model.vision_model, idefics3_look, tiles_and_thumbnail_shown, idefics3_project, idefics3_speak, 16, 6600
+        lambda m: m.model.vision_model,
+        idefics3_look,
+        tiles_and_thumbnail_shown,
+        idefics3_project,
+        idefics3_speak,
+        16,
+        6600,
     ),
     "qwen2_vl": Training(lambda m: m.model.visual, qwen2_vl_look, blocks_shown, qwen2_vl_project, qwen2_vl_speak),
     "idefics": Training(lambda m: m.model.vision_model, idefics_look, patches_shown, idefics_project, idefics_speak),

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from transformers import AutoModelForImageTextToText
 
 from lavender_min.data import CAPTION_PROMPT
-from lavender_min.toy import data, fitting, hosts, pretrain_hosts
+from lavender_min.hosts import processors
+from lavender_min.toy import data, fitting, hosts, models, pretrain_hosts
 from lavender_min.toy.pretrain_hosts import CELLS, TRAININGS, Chats
 
 CORPUS = [CAPTION_PROMPT, "user", "assistant", "User:", "Assistant:", "what color is the star?", "a red star"] * 200
@@ -112,3 +114,24 @@ def test_a_training_goes_on_where_it_was(tmp_path, monkeypatch):
                 pretrain_hosts.train("qwen2_vl", images, out)
         weights.append((out / "qwen2_vl" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+# ------------------------------------------------------------------------------------------------- the shipped hosts
+
+IMAGE_TOKENS = {"mllama": "<|image|>", "qwen2_vl": "<|image_pad|>", "idefics3": "<image>", "idefics": "<image>"}
+
+
+@pytest.mark.parametrize("name", IMAGE_TOKENS)
+def test_a_shipped_host_loads_by_the_librarys_own_call_and_knows_colours(name):
+    """At least nine of ten before any tuning: in a world in which nothing can be learnt nothing can be shown."""
+    folder = models.SHIPPED / name
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    built = hosts.finish(model, processors.load(str(folder)), IMAGE_TOKENS[name])
+    assert model.config.model_type == name
+    assert pretrain_hosts.right_answers(name, built, "color", 96) >= 0.9
+
+
+def test_all_shipped_models_are_small():
+    sizes = {file: file.stat().st_size for file in models.SHIPPED.rglob("*") if file.is_file()}
+    assert sum(sizes.values()) < 25e6
+    assert all(file.suffix in (".safetensors", ".json", ".jinja", ".txt") for file in sizes)
