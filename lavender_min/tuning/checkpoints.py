@@ -53,9 +53,10 @@ def real(path: str | Path) -> Path:
 
 def refuse_inputs(flags: Flags, out: Path) -> None:
     """No output replaces an input."""
-    inputs = {"--vlm": flags.vlm, "--maps": flags.maps, "--data_root": flags.data_root}
-    for name, given in inputs.items():
-        path = real(given or "")
+    inputs = [("--vlm", flags.vlm), *(("--maps", one.maps) for one in flags.sets)]
+    inputs += [("--data_root", one.root or "") for one in flags.sets]
+    for name, given in inputs:
+        path = real(given)
         # The Trainer deletes old checkpoints of its own folder.
         checkpoint = path.parent == real(out) and path.name.startswith("checkpoint-")
         if given and (path == real(out) or checkpoint):

@@ -99,6 +99,15 @@ class MappedExamples(Dataset):
             )
         return stored
 
+    @property
+    def frame(self) -> str:
+        """The part of a picture that the maps cover (see `frame_box`); without maps it makes no difference."""
+        return "whole" if self.store is None or self.plain else self.store.recipe["frame"]
+
+    def recipe(self) -> dict[str, Any]:
+        """How the maps were made, as far as it decides them."""
+        return {} if self.store is None else {k: v for k, v in self.store.recipe.items() if k != "made_with"}
+
     def lengths(self) -> list[int]:
         """Of each text, in characters."""
         return [len(example.question) + len(example.answer) for example in self.examples]

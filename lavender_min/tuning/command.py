@@ -38,7 +38,7 @@ def train(argv: list[str]) -> int:
     unknown = [word for word in rest if word.startswith("--") and word.split("=")[0] not in known]
     if unknown:
         raise ValueError(f"there is no flag {unknown[0]} (see {PROG} --help)")
-    found = parts.Parts([], []) if flags.help_training or flags.plan else examples(flags)
+    found = [] if flags.help_training or flags.plan else examples(flags)
 
     from lavender_min.tuning import arguments, memory, tune
 
@@ -49,13 +49,13 @@ def train(argv: list[str]) -> int:
     return tune.run(flags, training_args, found)
 
 
-def examples(flags: Flags) -> parts.Parts:
-    """The data. Raises OSError or ValueError, in one line, if it, or its maps, are not there."""
+def examples(flags: Flags) -> list[parts.Parts]:
+    """The data, set by set. Raises OSError or ValueError, in one line, if it, or its maps, are not there."""
     found = parts.load(flags)
-    if not flags.plain and not Path(flags.maps).exists():
-        raise FileNotFoundError(
-            f"no maps in {flags.maps}; make them first: python extract.py --data {flags.data} --maps {flags.maps}"
-        )
+    lacking = [one for one in flags.sets if not flags.plain and not Path(one.maps).exists()]
+    if lacking:
+        commands = " && ".join(one.extract_command for one in lacking)
+        raise FileNotFoundError(f"no maps in {', '.join(one.maps for one in lacking)}; make them first: {commands}")
     return found
 
 

@@ -13,6 +13,7 @@ from lavender_min.cli import flag
 from lavender_min.hosts import FAMILIES
 from lavender_min.tuning import grammar
 from lavender_min.tuning.schedules import LAMBDA_SCHEDULES
+from lavender_min.tuning.sets import DataSet, read_sets
 
 MODES = ("qlora", "lora", "full")
 # What --train_only may name, beside a regular expression.
@@ -116,16 +117,21 @@ class ModelFlags:
 
 @dataclass
 class Flags(ModelFlags):
-    data: str = flag("flickr30k", "the examples", data.SOURCES)
-    data_root: str | None = flag(None, "their folder or hub id (default: data/<data>)")
-    split: str | None = flag(None, "a part of them")
-    captions: str | None = flag(None, "first or all, as the maps were made")
-    maps: str = flag("", "the store that extract.py made (default: maps/<data>)")
-    limit: int | None = flag(None, "take only the first N examples")
-    eval_share: float | None = flag(
-        None, "hold out this share of the pictures, and log their losses (see --eval_strategy)"
+    data: list[str] = flag(
+        ["flickr30k"],
+        f"the examples: {', '.join(data.SOURCES)} (default: flickr30k). Several are mixed: flickr30k:0.7 ocrvqa30k:0.3 draws "
+        "seven tenths of an epoch from the first, repeating or leaving out examples; an epoch is as long as all together. Without "
+        "weights every example is taken once. The flags below, down to --maps, then have a value for each, '' for its default",
     )
-    eval_split: str | None = flag(None, "the same with a split of the data")
+    data_root: list[str] | None = flag(None, "their folder or hub id (default: data/<data>)")
+    split: list[str] | None = flag(None, "a part of them")
+    captions: list[str] | None = flag(None, "first or all, as the maps were made")
+    eval_split: list[str] | None = flag(
+        None, "hold out a split of the data, and log its losses (see --eval_strategy); '' for none of a data set"
+    )
+    maps: list[str] | None = flag(None, "the store that extract.py made (default: maps/<data>)")
+    limit: int | None = flag(None, "take only the first N examples of each data set")
+    eval_share: float | None = flag(None, "the same with a share of the pictures, of each data set")
     qlora: bool = flag(False, "4-bit host (NF4, double quantisation) with LoRA adapters")
     lora: bool = flag(False, "LoRA adapters; what is done when nothing else is asked")
     full: bool = flag(False, "train every weight of the host")
@@ -144,8 +150,7 @@ class Flags(ModelFlags):
         if len(modes) > 1:
             raise ValueError(f"--{modes[0]} and --{modes[1]} exclude each other")
         self.mode = modes[0] if modes else self.mode
-        self.vlm = self.vlm or data.SOURCES[self.data].vlm
-        self.maps = self.maps or f"maps/{self.data}"
+        self.vlm = self.vlm or data.SOURCES[self.sets[0].name].vlm
         super().__post_init__()
         if self.match == "root" or self.pos:
             grammar.require("--match root" if self.match == "root" else "--pos")
@@ -161,14 +166,26 @@ class Flags(ModelFlags):
             raise ValueError("--eval_share and --eval_split exclude each other")
 
     @property
+    def sets(self) -> list[DataSet]:
+        """The data sets, with what each flag says of each."""
+        return read_sets(
+            self.data,
+            data_root=self.data_root,
+            split=self.split,
+            captions=self.captions,
+            eval_split=self.eval_split,
+            maps=self.maps,
+        )
+
+    @property
     def validates(self) -> bool:
         """Whether a part of the data is held out."""
-        return self.eval_share is not None or self.eval_split is not None
+        return self.eval_share is not None or any(one.eval_split for one in self.sets)
 
     @property
     def output_dir(self) -> str:
         """Where a run goes that was not told where."""
-        return f"runs/{self.data}-{'plain' if self.plain else self.mode}"
+        return f"runs/{'+'.join(one.name for one in self.sets)}-{'plain' if self.plain else self.mode}"
 
     @property
     def of_model(self) -> ModelFlags:

@@ -1,4 +1,4 @@
-"""The examples of a run: those that train, and a validation part that does not."""
+"""The examples of a run: of each data set those that train, and a validation part that does not."""
 
 import hashlib
 import math
@@ -8,6 +8,7 @@ from typing import NamedTuple
 from lavender_min import data
 from lavender_min.data import Example
 from lavender_min.tuning.flags import Flags
+from lavender_min.tuning.sets import DataSet
 
 
 class Parts(NamedTuple):
@@ -16,20 +17,24 @@ class Parts(NamedTuple):
     held_out: list[Example]
 
 
-def load(flags: Flags) -> Parts:
-    """Reads the data. Raises OSError or ValueError, in one line, if it is not there, or if both parts show one picture."""
-    examples = data.load(flags.data, flags.data_root, flags.split, flags.captions)[: flags.limit]
-    if flags.eval_share is not None:
-        return share_out(examples, flags.eval_share)
-    if flags.eval_split is None:
+def load(flags: Flags) -> list[Parts]:
+    """Reads the data. Raises OSError or ValueError, in one line, if it is not there, or if both parts of a set show one picture."""
+    return [load_set(one, flags.limit, flags.eval_share) for one in flags.sets]
+
+
+def load_set(one: DataSet, limit: int | None, eval_share: float | None) -> Parts:
+    examples = data.load(one.name, one.root, one.split, one.captions)[:limit]
+    if eval_share is not None:
+        return share_out(examples, eval_share)
+    if one.eval_split is None:
         return Parts(examples, [])
-    if "split" not in data.SOURCES[flags.data].options:
-        raise ValueError(f"--data {flags.data} has no splits, so no --eval_split; take --eval_share 0.05")
-    held_out = data.load(flags.data, flags.data_root, flags.eval_split, flags.captions)
+    if "split" not in data.SOURCES[one.name].options:
+        raise ValueError(f"--data {one.name} has no splits, so no --eval_split; take --eval_share 0.05")
+    held_out = data.load(one.name, one.root, one.eval_split, one.captions)
     shared = {shown(example) for example in held_out} & {shown(example) for example in examples}
     if shared:
         raise ValueError(
-            f"--eval_split {flags.eval_split} shares {len(shared)} pictures with those that train: take another"
+            f"--eval_split {one.eval_split} shares {len(shared)} pictures with those that train: take another"
         )
     return Parts(examples, held_out)
 

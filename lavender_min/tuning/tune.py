@@ -23,24 +23,27 @@ from lavender_min.tuning.arguments import NO_DIFFERENCE, Training
 from lavender_min.tuning.callbacks import StopOnSigterm, WordMapPictures
 from lavender_min.tuning.collator import Collator, MappedExamples
 from lavender_min.tuning.flags import Flags
+from lavender_min.tuning.mixing import Mixture
 from lavender_min.tuning.parts import Parts
+from lavender_min.tuning.sets import DataSet
 from lavender_min.tuning.trainer import LavenderTrainer
 from lavender_min.tuning.vision_cache import cache_vision
 
+Examples = MappedExamples | Mixture
+
 
 class Datasets(NamedTuple):
-    train: MappedExamples
+    train: Examples
     # None without a validation part.
-    held_out: MappedExamples | None
+    held_out: Examples | None
 
 
-def run(flags: Flags, args: Training, parts: Parts) -> int:
+def run(flags: Flags, args: Training, parts: list[Parts]) -> int:
     """Trains, goes on training, or finds nothing left to do; the exit code."""
     arguments.one_gpu(args)
     out = Path(str(args.output_dir))
     checkpoints.refuse_inputs(flags, out)
-    held_out = chosen(flags, parts.held_out, "validation examples") if parts.held_out else None
-    datasets = Datasets(chosen(flags, parts.train, "examples"), held_out)
+    datasets = read(flags, args, parts)
     steps = checkpoints.total_steps(args, len(datasets.train))
     # One process writes, and one holds the lock.
     with checkpoints.locked(out) if args.should_save else nullcontext():
@@ -64,27 +67,47 @@ def done(args: Training, line: str) -> int:
     return 0
 
 
-def chosen(flags: Flags, examples: list[Example], what: str) -> MappedExamples:
-    """The examples that have maps. Plain tuning takes the same, if the store is there, to be compared like for like.
+def read(flags: Flags, args: Training, parts: list[Parts]) -> Datasets:
+    """What trains, mixed if it is several sets, and every example that is held out, once. The seed of the draw is the Trainer's."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    held_out = [
+        chosen(one, flags.plain, part.held_out, "validation examples")
+        for one, part in zip(flags.sets, parts, strict=True)
+        if part.held_out
+    ]
+    train = [chosen(one, flags.plain, part.train, "examples") for one, part in zip(flags.sets, parts, strict=True)]
+    weights = [one.weight for one in flags.sets if one.weight is not None]
+    return Datasets(mixed(train, weights, seed), mixed(held_out, [], seed) if held_out else None)
+
+
+def mixed(sets: list[MappedExamples], weights: list[float], seed: int) -> Examples:
+    return sets[0] if len(sets) == 1 else Mixture(sets, weights, seed)
+
+
+def chosen(one: DataSet, plain: bool, examples: list[Example], what: str) -> MappedExamples:
+    """The examples of a set that have maps. Plain tuning takes the same, if the store is there, to be compared like for like.
 
     Raises ValueError if a text or a picture has changed since its maps were made.
     """
-    there = not flags.plain or (Path(flags.maps) / "recipe.json").exists()
-    dataset = MappedExamples(examples, MapStore(flags.maps) if there else None, flags.plain)
+    there = not plain or (Path(one.maps) / "recipe.json").exists()
+    with naming(one.maps):
+        dataset = MappedExamples(examples, MapStore(one.maps) if there else None, plain)
     if not there:
         print(
-            f"no maps in {flags.maps}: --plain takes all {len(examples)} {what}, a run with maps may not",
+            f"no maps in {one.maps}: --plain takes all {len(examples)} {what}, a run with maps may not",
             file=sys.stderr,
         )
-    if dataset.store is not None and not flags.plain:
+    if dataset.store is not None and not plain:
         stale = find_stale(dataset.examples, dataset.store.origins())
         for id, changed in stale.items():
             raise ValueError(
                 f"{len(stale)} of {len(dataset)} {what} have changed since their maps were made (the {changed} of {id}, for one): "
-                f"make those again by python extract.py --data {flags.data} --maps {flags.maps}, with the flags it had"
+                f"make those again by {one.extract_command}, with the flags it had"
             )
     if dataset.missing:
-        print(f"{dataset.missing} of {len(examples)} {what} have no maps and are left out", file=sys.stderr)
+        print(
+            f"{dataset.missing} of {len(examples)} {what} have no maps in {one.maps} and are left out", file=sys.stderr
+        )
     return dataset
 
 
@@ -98,6 +121,9 @@ def train(flags: Flags, args: Training, datasets: Datasets, resume: checkpoints.
     count = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in trainer.lavender.named_children()}
     beside = f"{count['host']:,} parameters of the host, {count.get('align', 0):,} beside it"
     say(f"{len(dataset)} examples; training {beside}")
+    if isinstance(dataset, Mixture):
+        of = zip(dataset.counts, dataset.sets, flags.sets, strict=True)
+        say("an epoch draws " + ", ".join(f"{n} from the {len(one)} of {named.maps}" for n, one, named in of))
     if flags.cache_vision:
         cache_vision(trainer, out / "vision")
     if "tensorboard" in args.report_to and not flags.plain:
@@ -142,11 +168,9 @@ def make_trainer(flags: Flags, args: Training, datasets: Datasets) -> LavenderTr
         # The Trainer would look for a model of transformers, and find Lavender around it.
         apply_liger_kernel(model.base, args.liger_kernel_config)
     model.label_smoothing = args.label_smoothing_factor
-    store = datasets.train.store
-    frame = "whole" if store is None or flags.plain else store.recipe["frame"]
     trust = partial(word_trust, flags.trust, AGGREGATIONS[flags.aggregate].regularised)
     choice = flags.words, flags.attend, flags.pos
-    collate = Collator(processor, model.family, model.base.config, frame, *choice, trust)
+    collate = Collator(processor, model.family, model.base.config, datasets.train.frame, *choice, trust)
     with naming("--push_to_hub") if args.push_to_hub else nullcontext():
         return LavenderTrainer(
             model=model,
@@ -160,17 +184,14 @@ def make_trainer(flags: Flags, args: Training, datasets: Datasets) -> LavenderTr
         )
 
 
-def decided(
-    flags: Flags, args: Training, dataset: MappedExamples, held_out: MappedExamples | None = None
-) -> dict[str, Any]:
+def decided(flags: Flags, args: Training, dataset: Examples, held_out: Examples | None = None) -> dict[str, Any]:
     """What decides a run's result beside `ModelFlags`: examples, maps and the Trainer's flags, each under the name to show."""
-    recipe = {} if dataset.store is None else dataset.store.recipe
     found = {
-        "--data": flags.data,
+        "--data": " ".join(flags.data),
         "the examples": dataset.digest(),
         "the validation examples": None if held_out is None else held_out.digest(),
         "--pretrain_aligner_steps": flags.pretrain_aligner_steps,
-        **{f"the maps' {key}": value for key, value in recipe.items() if key != "made_with"},
+        **{f"the maps' {key}": value for key, value in dataset.recipe().items()},
         **{f"--{name}": value for name, value in args.to_dict().items() if name not in NO_DIFFERENCE},
     }
     # As it will be read back.

@@ -1,6 +1,5 @@
 """What users' pictures, flags, folders and machines do to train.py: the right thing, or one line."""
 
-import dataclasses
 import shutil
 
 import pytest
@@ -42,15 +41,15 @@ def broken():
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def test_plain_tuning_takes_the_examples_of_the_store(vlm_folder, store_folder, capsys):
+def test_plain_tuning_takes_the_examples_of_the_store(store_folder, capsys):
     examples = toy.load("tune", 12)
-    flags = Flags(vlm=vlm_folder, maps=store_folder, data="toy")
-    aligned = tune.chosen(flags, examples, "examples")
-    plain = tune.chosen(dataclasses.replace(flags, plain=True), examples, "examples")
+    [toys] = Flags(maps=[store_folder], data=["toy"]).sets
+    aligned = tune.chosen(toys, False, examples, "examples")
+    plain = tune.chosen(toys, True, examples, "examples")
     assert [e.id for e in plain.examples] == [e.id for e in aligned.examples] and plain.missing == aligned.missing > 0
     assert plain[0][1] is None and aligned[0][1] is not None
     capsys.readouterr()
-    assert not tune.chosen(Flags(vlm=vlm_folder, maps="nowhere", data="toy", plain=True), examples, "examples").missing
+    assert not tune.chosen(toys._replace(maps="nowhere"), True, examples, "examples").missing
     assert "no maps in nowhere: --plain takes all" in capsys.readouterr().err
 
 

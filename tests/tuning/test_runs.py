@@ -232,17 +232,17 @@ def test_maps_of_another_picture_or_text_are_refused(tmp_path):
     with MapWriter(tmp_path / "maps", {"frame": "whole"}) as writer:
         maps = torch.rand(len(words), MAP_SIDE, MAP_SIDE)
         writer.add("one", "", "a red dog", words, maps, 0.5, data.picture_digest(example))
-    flags = Flags(data="folder", maps=str(tmp_path / "maps"))
-    assert len(tune.chosen(flags, [example], "examples")) == 1
+    [own] = Flags(data=["folder"], maps=[str(tmp_path / "maps")]).sets
+    assert len(tune.chosen(own, False, [example], "examples")) == 1
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "1.png")
     with pytest.raises(ValueError, match="1 of 1 examples have changed since their maps were made .the picture of one"):
-        tune.chosen(flags, [example], "examples")
+        tune.chosen(own, False, [example], "examples")
     with pytest.raises(
         ValueError, match=r"the text of one, for one.: make those again by python extract.py --data folder"
     ):
-        tune.chosen(flags, [example._replace(answer="a red cat")], "examples")
+        tune.chosen(own, False, [example._replace(answer="a red cat")], "examples")
     # Plain tuning uses no maps.
-    assert len(tune.chosen(dataclasses.replace(flags, plain=True), [example], "examples")) == 1
+    assert len(tune.chosen(own, True, [example], "examples")) == 1
 
 
 def test_a_checkpoint_whose_state_lacks_what_the_trainer_asks_for_is_passed_over(tmp_path, capsys):
