@@ -96,7 +96,11 @@ def lifted(
     """
     b, p = latents.shape[:2]
     number = torch.arange(p, dtype=torch.int32, device=latents.device)
-    line = PatchLayout(number.expand(b, 1, p), latents.new_ones(b, 1, 1), torch.eye(p).to(latents).expand(b, p, p))
+    line = PatchLayout(
+        number.expand(b, 1, p),
+        latents.new_ones(b, 1, 1),
+        torch.eye(p, dtype=latents.dtype, device=latents.device).expand(b, p, p),
+    )
     attention = ops.word_attention(query, key, rows, counts, line, **how)
     return torch.cat(
         [

@@ -5,13 +5,14 @@ know `meta`, so float32 linear layers are cast to half precision here.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fake_numbers
+from torch.overrides import TorchFunctionMode
 
 from lavender_min import ops
 from lavender_min.tuning.model import Lavender
@@ -59,6 +60,20 @@ def is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype == torch.bool
 
 
+class InPlaceOf(TorchFunctionMode):
+    """Inside this `with`, methods of tensors are stood in for by functions.
+
+    They are not patched: a Tensor whose `__getitem__` was once set counts as a sequence for ever, and torch.tensor([x]) then fails.
+    """
+
+    def __init__(self, methods: dict[Any, Callable[..., Any]]):
+        super().__init__()
+        self.methods = methods
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.methods.get(func, func)(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def pretend(text: torch.Size, rows: int, half: torch.dtype | None) -> Iterator[None]:
     """Inside this `with`, a step counts as one in `half` precision on a GPU, with autocast and Triton; with None, as one in
@@ -90,8 +105,6 @@ def pretend(text: torch.Size, rows: int, half: torch.dtype | None) -> Iterator[N
 
     with contextlib.ExitStack() as stack:
         fake: list[tuple[Any, str, Any]] = [
-            (Tensor, "__getitem__", take_rows),
-            (Tensor, "__setitem__", put_rows),
             (Tensor, "__bool__", lambda x: x.is_meta or holds(x)),
             # Flamingo's embedding looks for tokens beyond its vocabulary.
             (fake_numbers, "meta_nonzero_assume_all_nonzero", True),
@@ -110,4 +123,6 @@ def pretend(text: torch.Size, rows: int, half: torch.dtype | None) -> Iterator[N
             fake.append((KernelInterface, "__getitem__", lambda *_: lambda *args, **kwargs: None))
         for owner, name, stand_in in fake:
             stack.enter_context(patch.object(owner, name, stand_in))
-        yield
+        methods: dict[Any, Callable[..., Any]] = {take: take_rows, put: put_rows}
+        with InPlaceOf(methods):
+            yield

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_it_is_said_once_in_one_line(folders, capsys):
 
 
 def test_a_processor_that_can_be_built_whole_is_left_as_it_is(folders, monkeypatch, capsys):
-    whole = object()
+    whole = SimpleNamespace(chat_template="of its own")
     monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name, trust_remote_code: whole)
     assert processors.load(str(folders / "qwen2_5_vl")) is whole and not capsys.readouterr().err
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lavender_min.hosts.mllama import LLAMA
 from lavender_min.maps import MapStore
 from lavender_min.toy import data as toy
-from lavender_min.tuning import memory, runs
+from lavender_min.tuning import memory, pretending, runs
 from lavender_min.tuning.collator import Collator, MappedExamples
 from lavender_min.tuning.flags import ModelFlags
 
@@ -164,3 +164,10 @@ def test_a_hub_id_whose_config_is_not_known_is_one_line():
     ) as error:
         memory.empty_host(flags("some/model"), torch.bfloat16)
     assert "\n" not in str(error.value)
+
+
+def test_pretending_leaves_torch_as_it_was():
+    """A tensor whose `__getitem__` was patched would count as a sequence from then on, and this call would fail."""
+    with pretending.pretend(torch.Size([1, 2]), 1, None):
+        assert torch.ones(3)[torch.tensor([True, False, True])].shape == (2,)
+    assert torch.tensor([torch.tensor(3), torch.tensor(4)]).tolist() == [3, 4]

@@ -88,6 +88,7 @@ def real_batch(blueprint: Blueprint, size: Size) -> dict[str, Any]:
         "tokens": spoken,
         "lengths": torch.ones(b * answer, dtype=torch.long),
         "targets": torch.rand(b * answer, MAP_SIDE, MAP_SIDE),
+        "trust": torch.ones(b * answer),
         "views": [list(view) for view in collate_views(views)],
     }
     labels = ids.where(torch.arange(tokens) >= tokens - answer, -100)

@@ -2,7 +2,7 @@
 
 Everything else is equal: parts, seeds, data, order. Run from the repository, some minutes a seed on one thread:
 
-    OMP_NUM_THREADS=1 python -m pytest -m benchmark tests/benchmarks/test_bidirectional.py -s
+    OMP_NUM_THREADS=1 python -m pytest -m benchmark tests/benchmarks/test_masks.py -s
 
 It prints, for each mask and seed, the loss of the last steps, the share of right answers to held-out questions by kind, and what a
 step keeps for its backward pass. What came out stands in experiments/LOG.md.
