@@ -19,7 +19,7 @@ demo: venv            ## the whole way on the toy world: maps, plain and Lavende
 seeds: venv           ## the same over three seeds, with intervals
 	sh experiments/seeds.sh
 
-hosts: venv           ## every kind of toy host over three seeds, in one table
+hosts: venv           ## every toy host over three seeds, in one table
 	sh experiments/hosts.sh
 
 test: venv lint       ## everything that runs in minutes

@@ -1,13 +1,13 @@
 #!/bin/sh
-# Every toy host untuned, after plain tuning and after Lavender, over three seeds: README, "Every kind of host".
-# An hour on 2 cores. Stopped or killed, it goes on where it was. HOSTS names some only.
+# Every toy host that ships, untuned, after plain tuning and after Lavender, over three seeds, in one table.
+# Stopped or killed, it goes on where it was. HOSTS names some only.
 set -eu
 cd "$(dirname "$0")/.."
 . experiments/flags.sh
 PATH="$PWD/.venv/bin:$PATH"
 export HF_HUB_OFFLINE=1
 OUT=${OUT:-runs/hosts}
-HOSTS=${HOSTS:-mllama idefics3 qwen2_vl idefics}
+HOSTS=${HOSTS:-$(cd lavender_min/toy/models && ls -d -- */ | tr -d / | grep -v "^sd$")}
 
 # shellcheck disable=SC2086
 python extract.py --data toy $MAPS

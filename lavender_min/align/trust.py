@@ -1,8 +1,8 @@
 """How much each word's error counts in the loss of the alignment.
 
 The paper's λ is an inverse variance, 1/σ² (appendix C.2): how far a teacher's map may be from the truth. It is one number for
-all words. But a teacher is not equally right about all words, and its raw map tells: where it is flat, the teacher does not know
-(lavender_min/toy/README.md has the figures). So λ may differ by word, times a trust that is made of the map's contrast:
+all words. But a teacher is not equally right about all words, and its raw map tells: where it is flat, the teacher does not know.
+`evaluation/calibration.py` measures that. So λ may differ by word, times a trust that is made of the map's contrast:
 
     none           every word counts alike, as in the paper
     contrast       as much as its map's contrast, (largest − smallest) / mean

@@ -41,7 +41,7 @@ def auc(scores: Float[Tensor, " m"], right: Bool[Tensor, " m"]) -> float:
 
     A tie counts half. Not a number where no word is right, or none wrong.
     """
-    values, place, counts = scores.unique(return_inverse=True, return_counts=True)
+    _, place, counts = scores.unique(return_inverse=True, return_counts=True)
     # The mean rank, counted from 1, of the words that share a value.
     ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[place]
     n, m = int(right.sum()), int((~right).sum())
@@ -78,7 +78,7 @@ def report(flags: Flags) -> None:
     for folder in map(Path, flags.maps or [f"maps/{flags.data}"]):
         store = MapStore(folder)
         sheet = make_sheet([example for example in examples if example.id in store], store)
-        found[folder.name] = calibrate(sheet.maps, sheet.masks)
+        found[str(folder)] = calibrate(sheet.maps, sheet.masks)
     header = ["maps", "words", "right, %", *(f"fifth {i + 1}, %" for i in range(FIFTHS)), "AUC"]
     rows = [
         [name, str(one.words), *(f"{100 * share:.1f}" for share in (one.right, *one.by_fifth)), f"{one.auc:.2f}"]

@@ -7,7 +7,7 @@ On the pretraining split only:
     the hosts, each by its name (see pretrain_hosts.py)
 
 Each saves itself every hundred steps and goes on from there when it is started again. What a step sees is a function of
-its number alone, so a resumed run sees the same data. On a CPU vae and sd take three hours, each host about 40 minutes; hosts
+its number alone, so a resumed run sees the same data. On a CPU vae and sd take three hours, each host one to two; hosts
 do not need the others, and can run beside them.
 """
 

@@ -33,8 +33,6 @@ CELLS, TILE_CELLS = hosts.SIDE // hosts.PATCH, hosts.TILE // hosts.PATCH
 # Left out of the loss.
 NO_LABEL = -100
 
-Kinds = np.ndarray  # int64 [shape | colour | size, ...]
-
 
 class Sight(NamedTuple):
     """What a tower makes of b pictures."""

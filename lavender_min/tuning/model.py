@@ -105,9 +105,10 @@ class Lavender(nn.Module):
 
         valid = self.matched(predicted, inputs["input_ids"], spoken)
         with without_autocast(hidden):
-            loss_att = align.loss(self.word_maps(align, sink), spoken.targets, spoken.trust * valid)
+            trust = spoken.trust * valid
+            loss_att = align.loss(self.word_maps(align, sink), spoken.targets, trust)
         loss = loss_vlm + self.lambda_att * lambda_scale * loss_att / accumulation_steps
-        return {"loss": loss, "loss_vlm": loss_vlm.detach(), "loss_att": loss_att.detach(), "words": valid.sum()}
+        return {"loss": loss, "loss_vlm": loss_vlm.detach(), "loss_att": loss_att.detach(), "words": (trust > 0).sum()}
 
     def sink(self, words: WordRows, own: list[int]) -> Sink:
         """Collects the maps of parallel attention, and of these layers' own."""

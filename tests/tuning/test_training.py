@@ -285,3 +285,19 @@ def test_the_8_bit_optimiser_tunes_a_4_bit_host_on_the_cpu_too(vlm_folder, rows,
     assert logged[1]["loss"] != logged[0]["loss"]
     held = {state["state1"].dtype for state in trainers[0].optimizer.state.values()}
     assert torch.uint8 in held
+
+
+def test_words_without_trust_are_neither_aligned_nor_counted(batch):
+    """Trust in one word alone gives the loss of a batch that holds this word alone."""
+    model, _, made = batch
+    model.match = "all"
+    made["words"]["trust"] = torch.zeros(len(made["words"]["lengths"]))
+    out = model(**made)
+    assert out["words"] == 0 and out["loss_att"] == 0
+    losses = []
+    for weight in (0.5, 2.0):
+        made["words"]["trust"][1] = weight
+        out = model(**made)
+        losses.append(out["loss_att"])
+        assert out["words"] == 1
+    torch.testing.assert_close(*losses)
