@@ -4,11 +4,11 @@ A published host came with a tower that had seen many pictures with texts. A tow
 spends most steps on finding out that pictures hold things at all. So it is trained first, through three heads that are thrown
 away: for every patch they tell shape, colour and size, or background.
 
-Then the whole host is trained on three kinds of text about a picture: a list of what is there, "what color is the star?" and "is
+Then the whole host is trained on conversations about a picture: a list of what is there, "what color is the star?" and "is
 there a star?". Relations, places and numbers are left for tuning to teach.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +22,13 @@ from lavender_min.data import CAPTION_PROMPT, Example
 from lavender_min.toy import data, hosts, world
 from lavender_min.toy.fitting import DEVICE, corpus, fit
 
-# The kinds of examples that a host is trained on.
-KINDS = ("caption", "color", "exists")
+# The kinds of questions that a host is trained on, beside the list of what is there.
+QUESTIONS = ("color", "exists")
 # What a patch may show, in the order of a Thing's fields.
 KINDS_OF_PATCH = (world.SHAPES, tuple(world.COLORS), tuple(world.SIZES))
-# Sentences about each picture when the whole is trained: the tower runs once for both.
-TEXTS = 2
+# Questions about each picture when the whole is trained, each with its answer, in one conversation: which patch belongs to a
+# question is what takes longest to learn, and so every picture teaches it several times for one pass through the tower.
+TURNS = 6
 # Patches along the side of a picture, and of a tile.
 CELLS, TILE_CELLS = hosts.SIDE // hosts.PATCH, hosts.TILE // hosts.PATCH
 # Left out of the loss.
@@ -56,7 +57,12 @@ class Training(NamedTuple):
     # Of a step, and steps of the tower and of the whole.
     pictures: int = 16
     tower_steps: int = 2600
-    whole_steps: int = 1600
+    whole_steps: int = 2400
+
+
+class Turn(NamedTuple):
+    question: str
+    answer: str
 
 
 class Text(NamedTuple):
@@ -64,7 +70,7 @@ class Text(NamedTuple):
 
     ids: Tensor  # [b, t]
     mask: Tensor  # [b, t], 0 where a text is filled up
-    labels: Tensor  # [b, t], NO_LABEL outside the answer
+    labels: Tensor  # [b, t], NO_LABEL outside the answers
     image_token_id: int
 
 
@@ -253,46 +259,62 @@ def train_whole(name: str, built: hosts.Built, images: np.ndarray, out: Path) ->
     def loss_of(rng: np.random.Generator) -> Tensor:
         picked = np.sort(rng.choice(len(images), how.pictures, replace=False))
         states = how.project(built.model, how.look(built.model, process(built, images[picked])).states)
-        ids = [f"pretrain-{i:05d}-{KINDS[k]}" for i in picked for k in rng.integers(0, len(KINDS), TEXTS)]
-        text = chats.batch([data.example(id) for id in ids])
-        logits = how.speak(built.model, text, states.repeat_interleave(TEXTS, 0))
+        text = chats.batch([conversation(data.scene_of(int(i)), rng) for i in picked])
+        logits = how.speak(built.model, text, states)
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), text.labels[:, 1:].flatten())
 
     fit(name, built.model, loss_of, how.whole_steps, 1.5e-3, out)
 
 
+def conversation(scene: world.Scene, rng: np.random.Generator) -> list[Turn]:
+    """TURNS questions in any order, none asked twice; a third of the conversations begin with a list of everything."""
+    turns = {}
+    if rng.random() < 1 / 3:
+        turns[CAPTION_PROMPT] = world.listing(scene).text
+    while len(turns) < TURNS:
+        question, answer = world.QUESTIONS[str(rng.choice(QUESTIONS))](scene, rng)
+        turns[question.text] = answer.text
+    return [Turn(*turn) for turn in turns.items()]
+
+
 class Chats:
-    """Examples as conversations in token ids, with as many image tokens as a toy picture has."""
+    """Conversations in token ids, with as many image tokens as a toy picture has."""
 
     def __init__(self, built: hosts.Built):
-        self.built, self.known = built, dict[str, tuple[list[int], int]]()
+        self.built = built
 
-    def encoded(self, example: Example) -> tuple[list[int], int]:
-        """Token ids, and how many of them come before the answer."""
-        if example.id not in self.known:
-            prompt = [{"type": "image"}, {"type": "text", "text": example.question or CAPTION_PROMPT}]
-            answer = [{"type": "text", "text": example.answer}]
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            template = self.built.processor.apply_chat_template
-            whole, start = template(turns), template(turns[:1], add_generation_prompt=True)
-            self.known[example.id] = self.grown(whole), len(self.grown(start))
-        return self.known[example.id]
+    def encoded(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+        """Token ids and labels. The picture stands before the first question."""
+        template, messages = self.built.processor.apply_chat_template, list[dict[str, Any]]()
+        ids, labels = list[int](), list[int]()
+        for turn in turns:
+            prompt = [{"type": "text", "text": turn.question}]
+            messages.append({"role": "user", "content": prompt if messages else [{"type": "image"}, *prompt]})
+            start = len(self.grown(template(messages, add_generation_prompt=True)))
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+            ids = self.grown(template(messages))
+            labels += [NO_LABEL] * (start - len(labels)) + ids[start:]
+        return ids, labels
 
     def grown(self, text: str) -> list[int]:
         ids = self.built.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         place = ids.index(self.built.image_token_id)
         return ids[:place] + self.built.image_ids + ids[place + 1 :]
 
-    def batch(self, examples: list[Example]) -> Text:
-        texts = [self.encoded(example) for example in examples]
+    def batch(self, conversations: Sequence[Sequence[Turn]]) -> Text:
+        texts = [self.encoded(turns) for turns in conversations]
         pad = self.built.processor.tokenizer.pad_token_id
-        ids = torch.full((len(texts), max(len(ids) for ids, _ in texts)), pad)
+        ids = torch.full((len(texts), max(len(own) for own, _ in texts)), pad)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, NO_LABEL)
-        for row, (own, start) in enumerate(texts):
+        for row, (own, told) in enumerate(texts):
             ids[row, : len(own)] = torch.tensor(own)
             mask[row, : len(own)] = 1
-            labels[row, start : len(own)] = ids[row, start : len(own)]
+            labels[row, : len(own)] = torch.tensor(told)
         return Text(ids.to(DEVICE), mask.to(DEVICE), labels.to(DEVICE), self.built.image_token_id)
+
+
+def single_turn(example: Example) -> list[Turn]:
+    return [Turn(example.question or CAPTION_PROMPT, example.answer)]
 
 
 @torch.no_grad()
@@ -303,7 +325,7 @@ def right_answers(name: str, built: hosts.Built, kind: str, scenes: int = 200) -
     for first in range(0, scenes, how.pictures):
         examples = [data.example(f"tune-{i:05d}-{kind}") for i in range(first, min(first + how.pictures, scenes))]
         images = np.stack([np.asarray(example.image()) for example in examples])
-        text = chats.batch(examples)
+        text = chats.batch([single_turn(example) for example in examples])
         states = how.project(built.model, how.look(built.model, process(built, images)).states)
         guess = how.speak(built.model, text, states)[:, :-1].argmax(-1)
         wrong = (guess != text.labels[:, 1:]) & (text.labels[:, 1:] != NO_LABEL)
@@ -320,7 +342,7 @@ def train(name: str, images: np.ndarray, out: Path) -> None:
     if name == "mllama":
         open_gates(built.model)
     train_whole(name, built, images, out)
-    for kind in KINDS:
+    for kind in QUESTIONS:
         print(f"{name}: {kind} right {right_answers(name, built, kind):.1%} of the time")
     built.model.to(torch.float16).save_pretrained(out / name)
     built.processor.save_pretrained(out / name)

@@ -51,21 +51,49 @@ def test_patches_are_named_in_the_order_in_which_the_tower_gives_them(named, mon
 
 def test_conversations_are_as_the_processor_writes_them(named):
     name, built = named
-    example = data.example("pretrain-00003-color")
-    chats = Chats(built)
-    text = chats.batch([example, data.example("pretrain-00004-caption")])
-    tokenizer = built.processor.tokenizer
-    told = tokenizer.decode(text.ids[0][text.labels[0] != pretrain_hosts.NO_LABEL], skip_special_tokens=True)
-    assert told.strip() == example.answer
-    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": example.question}]},
-             {"role": "assistant", "content": [{"type": "text", "text": example.answer}]}]  # fmt: skip
-    said, picture = built.processor.apply_chat_template(turns), example.image()
+    scene = data.scene_of(3)
+    turns = pretrain_hosts.conversation(scene, np.random.default_rng(0))
+    text = Chats(built).batch([turns[:1], turns])
+    messages = []
+    for turn in turns:
+        picture = [] if messages else [{"type": "image"}]
+        messages.append({"role": "user", "content": [*picture, {"type": "text", "text": turn.question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+    said, picture = built.processor.apply_chat_template(messages), data.example("pretrain-00003-color").image()
     if name == "idefics":
         before, after = said.removeprefix("<s>").split("<image>")
         expected = built.processor(text=[[before, picture, after]])["input_ids"]
     else:
         expected = built.processor(text=[said], images=[[picture]], add_special_tokens=False)["input_ids"]
-    assert text.ids[0][text.mask[0].bool()].tolist() == list(map(int, expected[0]))
+    assert text.ids[1].tolist() == list(map(int, expected[0]))
+    # A short conversation is the beginning of a long one, and filled up.
+    short = int(text.mask[0].sum())
+    assert text.ids[0][:short].tolist() == text.ids[1][:short].tolist() and short < len(expected[0])
+    tokenizer = built.processor.tokenizer
+    for row, told in enumerate((turns[:1], turns)):
+        labelled = text.ids[row][text.labels[row] != pretrain_hosts.NO_LABEL]
+        said_there = "".join(tokenizer.decode(labelled, skip_special_tokens=True).split())
+        assert said_there == "".join(turn.answer for turn in told).replace(" ", "")
+
+
+def test_a_conversation_asks_nothing_twice_and_is_true():
+    kinds = set()
+    for i in range(40):
+        scene = data.scene_of(i)
+        turns = pretrain_hosts.conversation(scene, np.random.default_rng(i))
+        assert len({turn.question for turn in turns}) == len(turns) == pretrain_hosts.TURNS
+        color_of = {thing.shape: thing.color for thing in scene.things}
+        for question, answer in turns:
+            *asked, last = question.rstrip("?").split()
+            match asked:
+                case ["what", "color", "is", "the"]:
+                    assert answer == f"the {last} is {color_of[last]}"
+                case ["is", "there", "a"]:
+                    assert answer.startswith("yes" if last in color_of else "no")
+                case _:
+                    assert (question, answer) == (CAPTION_PROMPT, data.example(f"pretrain-{i:05d}-caption").answer)
+            kinds.add(asked[0])
+    assert len(kinds) == 3
 
 
 def test_trained_as_it_will_be_used(named):
@@ -73,7 +101,8 @@ def test_trained_as_it_will_be_used(named):
     name, built = named
     how, examples = TRAININGS[name], [data.example(f"pretrain-{i:05d}-exists") for i in range(3)]
     images = np.stack([np.asarray(example.image()) for example in examples])
-    text, seen = Chats(built).batch(examples), pretrain_hosts.process(built, images)
+    text = Chats(built).batch([pretrain_hosts.single_turn(example) for example in examples])
+    seen = pretrain_hosts.process(built, images)
     inputs = {"input_ids": text.ids, "attention_mask": text.mask}
     inputs |= {"pixel_values": seen[:, None]} if name == "idefics" else dict(seen)
     if name == "mllama":
