@@ -41,7 +41,10 @@ class ModelFlags:
         "with --full: what of the host trains, of vision, projector, language (several with commas), or a regular expression over "
         "its parameters (default: all of it)",
     )
-    plain: bool = flag(False, "fine-tune without alignment: the baseline")
+    plain: bool = flag(
+        False,
+        "fine-tune without alignment: the baseline of the same command without --plain, whose other flags may stay",
+    )
     aggregate: str = flag(
         "learn",
         "what is aligned: " + "; ".join(f"{name}: {row.about}" for name, row in AGGREGATIONS.items()),
@@ -152,6 +155,7 @@ class Flags(ModelFlags):
         self.mode = modes[0] if modes else self.mode
         self.vlm = self.vlm or data.SOURCES[self.sets[0].name].vlm
         super().__post_init__()
+        refuse_idle(self)
         if self.match == "root" or self.pos:
             grammar.require("--match root" if self.match == "root" else "--pos")
         cli.at_least(1, limit=self.limit, picture_steps=self.picture_steps)
@@ -190,6 +194,29 @@ class Flags(ModelFlags):
     @property
     def of_model(self) -> ModelFlags:
         return ModelFlags(**{field.name: getattr(self, field.name) for field in fields(ModelFlags)})
+
+
+def refuse_idle(flags: ModelFlags) -> None:
+    """Raises ValueError for a flag that was given another value than its default although nothing would read it."""
+    no_projections = f"--aggregate {flags.aggregate} reads the host's own attention, without projections beside it"
+    own = AGGREGATIONS[flags.aggregate].reads == "host"
+    idle = {
+        "parallel_start": own and no_projections,
+        "parallel_rank": (own and no_projections)
+        or (flags.mode == "full" and "--full trains full copies of the host's projections"),
+        **{
+            name: flags.aligner == "none" and "--aligner none has no network"
+            for name in ("aligner_kernel", "aligner_norm")
+        },
+        **{
+            name: flags.mode == "full" and "--full has no adapters"
+            for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets")
+        },
+    }
+    for field in fields(ModelFlags):
+        why = idle.get(field.name)
+        if why and getattr(flags, field.name) != field.default:
+            raise ValueError(f"--{field.name} {getattr(flags, field.name)} would change nothing: {why}")
 
 
 def steps_or_share(given: float) -> float:

@@ -5,6 +5,9 @@ import pytest
 from starting import start
 from test_faults import command, said  # noqa: F401
 
+from lavender_min import cli
+from lavender_min.tuning.flags import Flags
+
 
 @pytest.mark.parametrize(
     ("flag", "value"),
@@ -29,6 +32,32 @@ def test_a_value_that_cannot_be_is_refused_by_name(command, tmp_path, said, flag
     assert start(argv) == 2
     line = said()
     assert line.startswith(f"train.py: --{flag} ") and value in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (
+            "--aggregate layer-mean --parallel_start noise",
+            "--parallel_start noise would change nothing: --aggregate layer-mean",
+        ),
+        ("--aggregate flow-sum --parallel_rank 8", "--parallel_rank 8 would change nothing: --aggregate flow-sum"),
+        ("--full --parallel_rank 8", "--parallel_rank 8 would change nothing: --full"),
+        ("--aligner none --aligner_kernel 1", "--aligner_kernel 1 would change nothing: --aligner none"),
+        ("--aligner none --aligner_norm batch", "--aligner_norm batch would change nothing: --aligner none"),
+        ("--full --lora_r 4", "--lora_r 4 would change nothing: --full has no adapters"),
+        ("--full --lora_targets language", "--lora_targets language would change nothing: --full has no adapters"),
+    ],
+)
+def test_a_flag_that_nothing_would_read_is_refused(command, tmp_path, said, given, why):
+    assert start(command(tmp_path / "out", *given.split())) == 2
+    assert why in said() and not (tmp_path / "out").exists()
+
+
+def test_the_baseline_is_the_same_command_with_plain():
+    """So flags of the alignment may stay, those that another one leaves idle too are still refused."""
+    aligned = ["--trust", "contrast", "--aggregate", "learn", "--parallel_start", "noise", "--lambda_att", "3"]
+    assert cli.parse(Flags, "train.py", "", [*aligned, "--plain"]).plain
 
 
 @pytest.mark.parametrize(
