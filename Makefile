@@ -5,7 +5,7 @@ RUN = .venv/bin/python
 # One thread a process: two processes of spinning threads on two cores are five times slower.
 TEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest
 .DELETE_ON_ERROR:
-.PHONY: venv demo seeds hosts test test-all bench gpu results lint kernels clean
+.PHONY: venv demo seeds hosts trust test test-all bench gpu results lint kernels clean
 
 venv: .venv/done
 .venv/done: pyproject.toml constraints.txt
@@ -21,6 +21,9 @@ seeds: venv           ## the same over three seeds, with intervals
 
 hosts: venv           ## every toy host over three seeds, in one table
 	sh experiments/hosts.sh
+
+trust: venv           ## whether a map's contrast tells that it is right, and whether weighing words by it helps, over five seeds
+	sh experiments/trust.sh
 
 test: venv lint       ## everything that runs in minutes
 	$(TEST) -n $(JOBS)

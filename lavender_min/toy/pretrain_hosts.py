@@ -4,8 +4,9 @@ A published host came with a tower that had seen many pictures with texts. A tow
 spends most steps on finding out that pictures hold things at all. So it is trained first, through three heads that are thrown
 away: for every patch they tell shape, colour and size, or background.
 
-Then the whole host is trained on conversations about a picture: a list of what is there, "what color is the star?" and "is
-there a star?". Relations, places and numbers are left for tuning to teach.
+Then the whole host is trained on two conversations about each picture. One lists what is there; of all texts it says most
+about which colour goes with which shape. The other asks "what color is the star?" and "is there a star?". Relations, places and
+numbers are left for tuning to teach.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,9 +27,8 @@ from lavender_min.toy.fitting import DEVICE, corpus, fit
 QUESTIONS = ("color", "exists")
 # What a patch may show, in the order of a Thing's fields.
 KINDS_OF_PATCH = (world.SHAPES, tuple(world.COLORS), tuple(world.SIZES))
-# Questions about each picture when the whole is trained, each with its answer, in one conversation: which patch belongs to a
-# question is what takes longest to learn, and so every picture teaches it several times for one pass through the tower.
-TURNS = 6
+# Questions in a conversation. For one pass through the tower a picture teaches several times which patch belongs to a question.
+TURNS = 4
 # Patches along the side of a picture, and of a tile.
 CELLS, TILE_CELLS = hosts.SIDE // hosts.PATCH, hosts.TILE // hosts.PATCH
 # Left out of the loss.
@@ -259,18 +259,27 @@ def train_whole(name: str, built: hosts.Built, images: np.ndarray, out: Path) ->
     def loss_of(rng: np.random.Generator) -> Tensor:
         picked = np.sort(rng.choice(len(images), how.pictures, replace=False))
         states = how.project(built.model, how.look(built.model, process(built, images[picked])).states)
-        text = chats.batch([conversation(data.scene_of(int(i)), rng) for i in picked])
-        logits = how.speak(built.model, text, states)
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), text.labels[:, 1:].flatten())
+        scenes = [data.scene_of(int(i)) for i in picked]
+        losses = []
+        for talks in ([listed(scene) for scene in scenes], [asked(scene, rng) for scene in scenes]):
+            text = chats.batch(talks)
+            logits = how.speak(built.model, text, states)
+            losses.append(
+                nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), text.labels[:, 1:].flatten())
+            )
+        return torch.stack(losses).mean()
 
     fit(name, built.model, loss_of, how.whole_steps, 1.5e-3, out)
 
 
-def conversation(scene: world.Scene, rng: np.random.Generator) -> list[Turn]:
-    """TURNS questions in any order, none asked twice; a third of the conversations begin with a list of everything."""
+def listed(scene: world.Scene) -> list[Turn]:
+    """What is there, in a conversation of its own: after it every question could be answered without looking."""
+    return [Turn(CAPTION_PROMPT, world.listing(scene).text)]
+
+
+def asked(scene: world.Scene, rng: np.random.Generator) -> list[Turn]:
+    """TURNS questions, kinds in any order, none twice."""
     turns = {}
-    if rng.random() < 1 / 3:
-        turns[CAPTION_PROMPT] = world.listing(scene).text
     while len(turns) < TURNS:
         question, answer = world.QUESTIONS[str(rng.choice(QUESTIONS))](scene, rng)
         turns[question.text] = answer.text
