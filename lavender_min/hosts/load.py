@@ -73,8 +73,8 @@ def read(name: str, quantize: bool, dtype: torch.dtype) -> Host:
         # Under FSDP each card is to get its part only.
         sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
         device = {"": torch.cuda.current_device()} if torch.cuda.is_available() and not sharded else None
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, device_map=device, trust_remote_code=False, **extra
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, device_map=device, trust_remote_code=False, output_loading_info=True, **extra
         )
     except OSError as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
@@ -82,6 +82,11 @@ def read(name: str, quantize: bool, dtype: torch.dtype) -> Host:
             f"--vlm {name} could not be loaded ({reason}). Give a folder with the weights, or, with a network, accept the "
             f"licence on the model's page and run `hf auth login`; the toy world (--data toy) needs neither"
         ) from error
+    if missing := sorted(found["missing_keys"]):
+        # The library only warns, and draws them at random.
+        raise ValueError(
+            f"its files lack {len(missing)} of its weights, the first {missing[0]}: copy or download all of them again"
+        )
     if quantize:
         # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights once outside training, which rounds to bf16 and
         # fails for widths that are no multiple of 64.

@@ -153,6 +153,14 @@ def read_origins(shard: Path) -> dict[str, Origin]:
         return dict(zip(table["id"].to_pylist(), map(Origin, *columns), strict=True))
 
 
+def read_through(shard: Path) -> None:
+    """Raises ValueError, naming the shard, if a byte of it has changed since it was written: its pages carry checksums."""
+    with naming(shard), pa.OSFile(str(shard)) as source:
+        file = pq.ParquetFile(source, page_checksum_verification=True)
+        for group in range(file.num_row_groups):
+            file.read_row_group(group, use_threads=False)
+
+
 def write_rows(shard: Path, rows: Sequence[dict[str, Any]], aside: Path) -> None:
     """Rows, with a column's value under its name, as a new shard; the maps are flat float16 arrays."""
     stops = np.cumsum([0] + [len(row["maps"]) for row in rows], dtype=np.int32)

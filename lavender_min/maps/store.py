@@ -26,6 +26,7 @@ from lavender_min.maps.shard import (
     naming,
     read_ids,
     read_origins,
+    read_through,
     write_rows,
     written_aside,
 )
@@ -112,6 +113,11 @@ class MapStore:
         for shard in self._shards:
             found = read_origins(shard) | found
         return found
+
+    def read_through(self, part: int = 0, parts: int = 1) -> None:
+        """Raises ValueError, naming the shard, if a byte of it has changed. Reads each `parts`-th shard, from `part` on."""
+        for shard in self._shards[part::parts]:
+            read_through(shard)
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files do not travel to DataLoader workers.

@@ -251,3 +251,20 @@ def test_one_name_says_that_a_picture_is_broken(world, tmp_path, monkeypatch):
     folder = folder_of(tmp_path, "A red dog", "A cat")
     assert main(of_folder(folder, world, tmp_path / "maps", "--recipe", "noise")) == 0
     assert (tmp_path / "maps" / "skipped-r000.txt").read_text() == "p0\twhat a decoder says\n"
+
+
+# ---- a store that was harmed -----------------------------------------------------------------------------------------
+
+
+def test_a_run_does_not_go_on_with_a_shard_in_which_a_byte_has_changed(world, sd, tmp_path, capsys):
+    argv = with_sd(world, sd, tmp_path / "maps")
+    assert main(argv) == 0
+    (shard,) = (tmp_path / "maps").glob("*.parquet")
+    whole = shard.read_bytes()
+    place = len(whole) // 2
+    shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    capsys.readouterr()
+    assert main(argv) == 2
+    assert last_line(capsys).startswith(f"extract.py: broken map shard {shard}")
+    shard.write_bytes(whole)
+    assert main(argv) == 0

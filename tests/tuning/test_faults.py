@@ -6,6 +6,7 @@ import pytest
 import torch
 from fitting import make, words_of
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from starting import digests, flags_of, start, steps, weights
 
 from lavender_min import data
@@ -271,6 +272,17 @@ def test_a_host_folder_that_cannot_be_read_is_named(vlm_folder, store_folder, tm
     assert line.startswith("train.py: ") and f"--vlm {host}" in line and len(line) < 800
 
 
+def test_a_host_that_lacks_weights_is_not_filled_up_at_random(vlm_folder, store_folder, tmp_path, said):
+    host = shutil.copytree(vlm_folder, tmp_path / "host")
+    weights = load_file(host / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.2.mlp.up_proj.weight"))
+    del weights[name]
+    save_file(weights, host / "model.safetensors", {"format": "pt"})
+    assert start(flags_of(str(host), store_folder, tmp_path / "out")) == 2
+    line = said()
+    assert line.startswith(f"train.py: --vlm {host}: its files lack 1 of its weights, the first ") and "up_proj" in line
+
+
 def test_no_code_of_a_models_folder_runs(vlm_folder, store_folder, tmp_path, said):
     host = shutil.copytree(vlm_folder, tmp_path / "host")
     (host / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
@@ -288,8 +300,6 @@ def test_an_adapters_config_that_is_none_is_named(tmp_path, held):
 
 
 def test_an_aligner_of_nans_is_named(tmp_path, vlm_folder):
-    from safetensors.torch import save_file
-
     flags = ModelFlags(vlm_folder)
     model, _ = runs.build(flags)
     model.host.save_pretrained(tmp_path)
