@@ -198,25 +198,19 @@ class Flags(ModelFlags):
 
 def refuse_idle(flags: ModelFlags) -> None:
     """Raises ValueError for a flag that was given another value than its default although nothing would read it."""
-    no_projections = f"--aggregate {flags.aggregate} reads the host's own attention, without projections beside it"
-    own = AGGREGATIONS[flags.aggregate].reads == "host"
-    idle = {
-        "parallel_start": own and no_projections,
-        "parallel_rank": (own and no_projections)
-        or (flags.mode == "full" and "--full trains full copies of the host's projections"),
-        **{
-            name: flags.aligner == "none" and "--aligner none has no network"
-            for name in ("aligner_kernel", "aligner_norm")
-        },
-        **{
-            name: flags.mode == "full" and "--full has no adapters"
-            for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets")
-        },
-    }
-    for field in fields(ModelFlags):
-        why = idle.get(field.name)
-        if why and getattr(flags, field.name) != field.default:
-            raise ValueError(f"--{field.name} {getattr(flags, field.name)} would change nothing: {why}")
+    own, full = AGGREGATIONS[flags.aggregate].reads == "host", flags.mode == "full"
+    adapters = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets")
+    cases = (
+        (own, ("parallel_start", "parallel_rank"), f"--aggregate {flags.aggregate} reads the host's own attention"),
+        (full, ("parallel_rank",), "--full trains full copies of the host's projections"),
+        (full, adapters, "--full has no adapters"),
+        (flags.aligner == "none", ("aligner_kernel", "aligner_norm"), "--aligner none has no network"),
+    )
+    defaults = {field.name: field.default for field in fields(ModelFlags)}
+    for idle, names, why in cases:
+        for name in names:
+            if idle and getattr(flags, name) != defaults[name]:
+                raise ValueError(f"--{name} {getattr(flags, name)} would change nothing: {why}")
 
 
 def steps_or_share(given: float) -> float:
