@@ -11,13 +11,20 @@ OUT=${OUT:-runs/trust}
 
 # shellcheck disable=SC2086
 python extract.py --data toy $MAPS
-python extract.py --data toy --recipe noise --maps maps/toy-noise --batch_size 32
-for recipe in invert paper null-text; do
-    python extract.py --data toy --recipe $recipe --maps maps/toy-$recipe --batch_size 32
-    python extract.py --data toy --recipe $recipe --maps maps/toy-$recipe-16 --batch_size 32 --resolutions 16:1
+calibrated="maps/toy"
+for recipe in noise invert paper null-text; do
+    # Null-text takes a second a picture: a quarter of the scenes will do.
+    limit=$([ $recipe = null-text ] && echo 256 || echo 1024)
+    for layers in all 16; do
+        maps=maps/toy-$recipe-$layers
+        # shellcheck disable=SC2046
+        python extract.py --data toy --recipe $recipe --maps $maps --limit "$limit" --batch_size 32 \
+            $([ $layers = all ] || echo --resolutions $layers:1)
+        calibrated="$calibrated $maps"
+    done
 done
-python -m lavender_min.evaluation.calibration --data toy --out "$OUT/calibration.png" --maps maps/toy maps/toy-noise \
-    maps/toy-invert maps/toy-invert-16 maps/toy-paper maps/toy-paper-16 maps/toy-null-text maps/toy-null-text-16
+# shellcheck disable=SC2086
+python -m lavender_min.evaluation.calibration --data toy --out "$OUT/calibration.png" --maps $calibrated
 
 python evaluate.py --data toy --scenes 100 --seeds 5 --train "$DIRECT $TUNING" --extract "$MAPS" --out "$OUT/none"
 for trust in contrast threshold:0.6; do

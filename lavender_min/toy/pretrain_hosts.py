@@ -54,10 +54,10 @@ class Training(NamedTuple):
     project: Callable[[Any, Tensor], Tensor]
     # (model, text, what it gets for each of its lines) ─► logits [b, t, vocabulary].
     speak: Callable[[Any, "Text", Tensor], Tensor]
-    # Of a step, and steps of the tower and of the whole.
+    # Of a step; steps of the tower; steps of the whole, in phases of which each has its own warm-up and cosine.
     pictures: int = 16
     tower_steps: int = 2600
-    whole_steps: int = 2400
+    whole_steps: tuple[int, ...] = (2400,)
 
 
 class Turn(NamedTuple):
@@ -204,7 +204,7 @@ def idefics_speak(model: Any, text: Text, states: Tensor) -> Tensor:
 
 TRAININGS = {
     "mllama": Training(
-        lambda m: m.model.vision_model, mllama_look, tiles_shown, mllama_project, mllama_speak, 32, 1200
+        lambda m: m.model.vision_model, mllama_look, tiles_shown, mllama_project, mllama_speak, 32, 2600, (1200,)
     ),
     "idefics3": Training(
         # A thing is often cut in two by the tiles, and the thumbnail shows it small: its shape takes longer to learn.
@@ -213,11 +213,18 @@ TRAININGS = {
         tiles_and_thumbnail_shown,
         idefics3_project,
         idefics3_speak,
-        16,
-        6600,
+        tower_steps=6600,
     ),
     "qwen2_vl": Training(lambda m: m.model.visual, qwen2_vl_look, blocks_shown, qwen2_vl_project, qwen2_vl_speak),
-    "idefics": Training(lambda m: m.model.vision_model, idefics_look, patches_shown, idefics_project, idefics_speak),
+    "idefics": Training(
+        # Its resampler too must learn what to read, from answers alone.
+        lambda m: m.model.vision_model,
+        idefics_look,
+        patches_shown,
+        idefics_project,
+        idefics_speak,
+        whole_steps=(2400, 3000),
+    ),
 }
 
 
@@ -269,7 +276,8 @@ def train_whole(name: str, built: hosts.Built, images: np.ndarray, out: Path) ->
             )
         return torch.stack(losses).mean()
 
-    fit(name, built.model, loss_of, how.whole_steps, 1.5e-3, out)
+    for phase, steps in enumerate(how.whole_steps, 1):
+        fit(name if phase == 1 else f"{name}_{phase}", built.model, loss_of, steps, 1.5e-3, out)
 
 
 def listed(scene: world.Scene) -> list[Turn]:

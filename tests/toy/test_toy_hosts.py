@@ -120,7 +120,9 @@ def test_a_training_goes_on_where_it_was(tmp_path, monkeypatch):
     """Stopped in the tower and again in the whole, it gives the same weights as one that was not."""
     images = np.stack([np.asarray(data.example(f"pretrain-{i:05d}-caption").image()) for i in range(4)])
     monkeypatch.setattr(pretrain_hosts, "corpus", lambda: CORPUS)
-    monkeypatch.setitem(TRAININGS, "qwen2_vl", TRAININGS["qwen2_vl"]._replace(pictures=2, tower_steps=3, whole_steps=3))
+    monkeypatch.setitem(
+        TRAININGS, "qwen2_vl", TRAININGS["qwen2_vl"]._replace(pictures=2, tower_steps=3, whole_steps=(2, 1))
+    )
     monkeypatch.setattr(pretrain_hosts, "right_answers", lambda *_: 0.0)
     monkeypatch.setattr(fitting, "SAVE_EVERY", 1)
     process, left = pretrain_hosts.process, [10**6]
