@@ -215,7 +215,14 @@ TRAININGS = {
         idefics3_speak,
         tower_steps=6600,
     ),
-    "qwen2_vl": Training(lambda m: m.model.visual, qwen2_vl_look, blocks_shown, qwen2_vl_project, qwen2_vl_speak),
+    "qwen2_vl": Training(
+        lambda m: m.model.visual,
+        qwen2_vl_look,
+        blocks_shown,
+        qwen2_vl_project,
+        qwen2_vl_speak,
+        whole_steps=(2400, 1800),
+    ),
     "idefics": Training(
         # Its resampler too must learn what to read, from answers alone.
         lambda m: m.model.vision_model,
