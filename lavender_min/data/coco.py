@@ -196,8 +196,8 @@ def _mask(annotation: Annotation, size: tuple[int, int], where: str) -> Callable
     if not polygons:
         if len(bbox := annotation.get("bbox", [])) != 4:
             raise ValueError(f"{where}: expected a caption, a segmentation, or bbox: [x, y, width, height]; got {bbox}")
-        x, y, width, height = bbox
-        polygons = [box(x, y, x + width, y + height)]
+        left, top, across, down = bbox
+        polygons = [box(left, top, left + across, top + down)]
     if odd := [polygon for polygon in polygons if len(polygon) < 6 or len(polygon) % 2]:
         raise ValueError(f"{where}, segmentation: expected polygons [x, y, x, y, …]; got one of {len(odd[0])} numbers")
     return partial(polygon_mask, polygons, size)

@@ -133,9 +133,10 @@ def test_bad_lines_are_named(tmp_path, line, message):
 
 def test_wrong_names_and_options(tmp_path):
     with pytest.raises(
-        ValueError, match="--data must be one of flickr30k, laion50k, rlaifv83k, ocrvqa30k, folder, toy; got 'coco'"
+        ValueError,
+        match="--data must be one of flickr30k, laion50k, rlaifv83k, ocrvqa30k, refcoco, coco, folder, masks, toy; got 'imagenet'",
     ):
-        data.load("coco")
+        data.load("imagenet")
     with pytest.raises(ValueError, match="--data folder takes no --split"):
         data.load("folder", tmp_path, split="train")
     with pytest.raises(ValueError, match="--data toy takes no --data_root"):
