@@ -6,7 +6,7 @@ at once. A picture is opened when it is needed, so a list of 100,000 examples co
 To add a data set:
 
 1. write a reader, a file of this folder: `load(root, …) -> list[Example]`, which says in one line what is missing; texts.py
-   (what to do about odd rows) and pictures.py hold what readers share;
+   (what to do about odd rows) and pictures.py hold what readers share, regions.py what those share whose words have regions;
 2. add a row to `SOURCES`, under the name that `--data` is to take;
 3. test it on a small folder laid out as the data really comes, broken entries included (tests/data/test_readers.py).
 

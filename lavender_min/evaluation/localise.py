@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from lavender_min import cli
 from lavender_min.cli import flag
-from lavender_min.data import SOURCES, Example
+from lavender_min.data import BROKEN_PICTURE, SOURCES, Example
 from lavender_min.evaluation.flags import MeasuredData
 from lavender_min.evaluation.metrics import mass_inside, pointing
 from lavender_min.evaluation.sheet import kinds_of, regions_of
 from lavender_min.evaluation.tables import table
+from lavender_min.failing import say
 from lavender_min.teachers import Recipe, attention_maps, find_recipe, stable_diffusion
 from lavender_min.teachers.stable_diffusion import StableDiffusion
 
@@ -156,11 +157,21 @@ def localisation_table(examples: list[Example], sd_name: str, names: Iterable[st
 
 
 def captions(measured: MeasuredData, count: int) -> list[Example]:
-    """The first `count` captions of a data set whose words have regions."""
-    found = [example for example in measured.examples() if not example.question]
+    """The first `count` captions of data whose words have regions. Pictures that cannot be read are left out, which is said."""
+    found: list[Example] = []
+    broken: list[Exception] = []
+    for example in measured.examples():
+        if not example.question and len(found) < count:
+            try:
+                example.image()
+                found.append(example)
+            except BROKEN_PICTURE as error:
+                broken.append(error)
+    if broken:
+        say(f"{len(broken):,} pictures cannot be read and are left out; the first: {broken[0]}")
     if len(found) < count:
         raise ValueError(f"--scenes {count}: there are {len(found)} captions")
-    return found[:count]
+    return found
 
 
 @dataclass
