@@ -98,6 +98,8 @@ def load(root: Path, split: str | None = None, captions: str = "first") -> list[
     for one in keep(whole.images, _picture, "pictures"):
         # COCO's instances and captions list the same pictures.
         shown.setdefault(one.picture["id"], one)
+    if not shown:
+        raise ValueError(f"{root} lists no pictures: expected {KIND}")
     categories: dict[Id, Category] = {one["id"]: one for one in keep(whole.categories, _category, "categories")}
     texts: dict[Id, list[str]] = {id: [of.picture["caption"]] for id, of in shown.items() if "caption" in of.picture}
     things: dict[Id, list[Thing]] = defaultdict(list)

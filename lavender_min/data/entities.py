@@ -53,6 +53,15 @@ class Boxes(NamedTuple):
     of_chain: dict[str, list[list[float]]]
 
 
+class Placed(NamedTuple):
+    """A phrase that has boxes, and where it stands in a caption."""
+
+    phrase: Phrase
+    words: str
+    # Start and end; None where the caption has other letters.
+    span: tuple[int, int] | None
+
+
 class Picture(NamedTuple):
     name: str
     sentences: list[Sentence]
@@ -78,7 +87,7 @@ def with_regions(examples: list[Example], folder: Path) -> list[Example]:
     for example in examples:
         places = []
         if picture := of_name.get(example.picture):
-            for phrase, words, span in _found(picture, example):
+            for phrase, words, span in _placed(picture, example):
                 phrases += 1
                 if span is None:
                     lost.append(f"{words!r} of {example.id}")
@@ -134,8 +143,8 @@ def _number(element: ElementTree.Element, path: str) -> int:
     return int(text)
 
 
-def _found(picture: Picture, example: Example) -> Iterator[tuple[Phrase, str, tuple[int, int] | None]]:
-    """The phrases of a caption that have boxes, their words, and where they stand in it; None for one that does not."""
+def _placed(picture: Picture, example: Example) -> Iterator[Placed]:
+    """The phrases of a caption that have boxes. Its sentence is the one with its letters, else the one with its number."""
     caption, number = example.answer, int(example.id.rpartition("#")[2])
     alike = [sentence for sentence in picture.sentences if _letters(sentence.text) == _letters(caption)]
     for sentence in (alike or picture.sentences[number:])[:1]:
@@ -145,7 +154,8 @@ def _found(picture: Picture, example: Example) -> Iterator[tuple[Phrase, str, tu
                 words = sentence.text[phrase.start : phrase.end]
                 places = [at[i] for i in range(phrase.start, phrase.end) if i in at]
                 start, end = (places[0], places[-1] + 1) if places else (0, 0)
-                yield phrase, words, (start, end) if _letters(caption[start:end]) == _letters(words) else None
+                same = _letters(caption[start:end]) == _letters(words)
+                yield Placed(phrase, words, (start, end) if same else None)
 
 
 def _letters(text: str) -> str:

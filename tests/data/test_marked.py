@@ -168,6 +168,9 @@ def test_files_that_are_not_coco(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(ValueError, match="masks in RLE are read by pycocotools.*pip install 'lavender-min.coco.'"):
         data.load("coco", file)
+    file.write_text('{"images": [], "annotations": []}')
+    with pytest.raises(ValueError, match="mine.json lists no pictures"):
+        data.load("coco", file)
     file.write_text('[{"image": "a.jpg"}]')
     with pytest.raises(ValueError, match="mine.json is not a file in COCO's layout"):
         data.load("coco", file)
