@@ -6,7 +6,7 @@ at once. A picture is opened when it is needed, so a list of 100,000 examples co
 To add a data set:
 
 1. write a reader, a file of this folder: `load(root, …) -> list[Example]`, which says in one line what is missing; texts.py
-   (what to do about odd rows) and pictures.py hold what readers share;
+   (what to do about odd rows) and pictures.py hold what readers share, regions.py what those share whose words have regions;
 2. add a row to `SOURCES`, under the name that `--data` is to take;
 3. test it on a small folder laid out as the data really comes, broken entries included (tests/data/test_readers.py).
 
@@ -85,7 +85,7 @@ _TOY = Path(__file__).parent.parent / "toy" / "models"
 class Source(NamedTuple):
     """What `--data NAME` stands for: its reader, and the defaults that go with it."""
 
-    # A module with load(**options) -> list[Example], and which of root, split and captions it takes as options.
+    # A module with load(**options) -> list[Example], and which of root, split, captions and entities it takes as options.
     reader: str
     options: tuple[str, ...] = ("root",)
     # Parquet copies: hub id ─► (revision, the files that matter).
@@ -93,20 +93,21 @@ class Source(NamedTuple):
     # Stable Diffusion for stage 1, the host for stage 2.
     sd: str = "CompVis/stable-diffusion-v1-4"
     vlm: str = "meta-llama/Llama-3.2-11B-Vision-Instruct"
-    # The held-out split for stage 3, if the examples of this data bring regions for their words.
+    # The held-out split for stage 3, if the examples of this data bring regions for their words; "" where it has no splits.
     measured_split: str | None = None
 
 
 SOURCES = {
     "flickr30k": Source(
         "lavender_min.data.flickr30k",
-        ("root", "split", "captions"),
+        ("root", "split", "captions", "entities"),
         {
             # All splits, in spite of the name.
             "nlphuji/flickr30k": ("refs/convert/parquet", "TEST/test/*.parquet"),
             # All pictures; it does not say which split they are of.
             "lmms-lab/flickr30k": ("main", "data/test-*.parquet"),
         },
+        measured_split="test",
     ),
     "laion50k": Source("lavender_min.data.laion50k"),
     "rlaifv83k": Source(
@@ -119,37 +120,53 @@ SOURCES = {
         # The first 30,000 of 165,746 covers.
         {"HuggingFaceM4/the_cauldron": ("main", "ocrvqa/train-0000[01]-of-*.parquet")},
     ),
+    "refcoco": Source(
+        "lavender_min.data.refcoco",
+        ("root", "split", "captions"),
+        {f"lmms-lab/{name}": ("main", "data/*.parquet") for name in ("RefCOCO", "RefCOCOplus", "RefCOCOg")},
+        measured_split="val",
+    ),
+    "coco": Source("lavender_min.data.coco", ("root", "split", "captions"), measured_split=""),
     "folder": Source("lavender_min.data.folder", ("root", "captions")),
+    "masks": Source("lavender_min.data.masks", ("root", "captions"), measured_split=""),
     "toy": Source(
         "lavender_min.toy.data", ("split",), sd=str(_TOY / "sd"), vlm=str(_TOY / "mllama"), measured_split="heldout"
     ),
 }
 
 
-def measured_split(name: str) -> str:
-    """The held-out split of a data set whose words have regions; ValueError, in one line, if they have none."""
+def measured_split(name: str, entities: str | None = None) -> str:
+    """The held-out split of a data set whose words have regions; ValueError, in one line, if they have none.
+
+    `entities`: the folder of Flickr30k Entities, without which Flickr30k has none.
+    """
     split = SOURCES[name].measured_split
-    if split is None:
-        have = ", ".join(name for name, source in SOURCES.items() if source.measured_split)
+    if split is None or ("entities" in SOURCES[name].options and not entities):
+        have = ", ".join(name for name, source in SOURCES.items() if source.measured_split is not None)
         raise ValueError(
             f"--data {name} has no regions: it does not say where the thing that a word names is, so there is nothing "
-            f"to measure maps against; data that does: {have}"
+            f"to measure maps against; data that does: {have} (flickr30k with --entities)"
         )
     return split
 
 
 def load(
-    name: str, root: str | Path | None = None, split: str | None = None, captions: str | None = None
+    name: str,
+    root: str | Path | None = None,
+    split: str | None = None,
+    captions: str | None = None,
+    entities: str | Path | None = None,
 ) -> list[Example]:
     """The examples of a data set. What is left out (no text, odd values), and what looks odd, is said in a line each on stderr.
 
-    `root` is a folder, or one of the data set's ids in `Source.hub`; whatever is None takes the data set's own default.
+    `root` is a folder, or one of the data set's ids in `Source.hub`; `entities` the folder of Flickr30k Entities. Whatever is None
+    takes the data set's own default.
     Raises OSError (which FileNotFoundError is) or ValueError, in one line, when the data is not there or not as expected.
     """
     if name not in SOURCES:
         raise ValueError(f"--data must be one of {', '.join(SOURCES)}; got {name!r}")
     source = SOURCES[name]
-    given = {"root": root, "split": split, "captions": captions}
+    given = {"root": root, "split": split, "captions": captions, "entities": entities}
     options = {option: value for option, value in given.items() if value is not None}
     for option in options:
         if option not in source.options:

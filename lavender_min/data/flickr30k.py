@@ -10,6 +10,8 @@ The folder holds the pictures and at least one of these caption files, as they a
 or a Parquet copy: image {bytes, path}, caption [five], filename and, if it knows them, Karpathy's split. Ids are the same
 in all. Two copies are on the hub: nlphuji/flickr30k, and lmms-lab/flickr30k, which does not name the splits.
 
+With `--entities`, the folder of Flickr30k Entities, the words of phrases have regions (entities.py).
+
 What flickr30k.json.gz holds could not be seen when this was written. A file that has the layout of Karpathy's is read so.
 """
 
@@ -24,6 +26,7 @@ from PIL import Image
 from typing_extensions import TypedDict
 
 from lavender_min.data import CAPTION_PROMPT, Example, check_captions, conversations, parquet
+from lavender_min.data.entities import with_regions
 from lavender_min.data.pictures import open_image, picture_folder
 from lavender_min.data.texts import Text, keep, lines, numbered, read_json
 from lavender_min.failing import shaped
@@ -67,7 +70,9 @@ class Caption(NamedTuple):
     image: Callable[[], Image.Image] | None = None
 
 
-def load(root: Path, split: str | None = None, captions: str = "first") -> list[Example]:
+def load(
+    root: Path, split: str | None = None, captions: str = "first", entities: str | Path | None = None
+) -> list[Example]:
     """One example a picture (`captions="first"`) or a caption (`"all"`); its id is "<file>#<caption index>".
 
     `split`: train, val, test, or all. Splits are Karpathy's; where they are not known the default is all, else train.
@@ -87,7 +92,7 @@ def load(root: Path, split: str | None = None, captions: str = "first") -> list[
     folder = root
     if any(caption.image is None for own in of_file.values() for caption in own):
         folder = picture_folder(root, IMAGE_FOLDERS, list(of_file)[:100])
-    return [
+    examples = [
         Example(
             f"{file}#{caption.number}",
             caption.image or partial(open_image, folder / file),
@@ -99,6 +104,7 @@ def load(root: Path, split: str | None = None, captions: str = "first") -> list[
         for file, own in of_file.items()
         for caption in sorted(own, key=lambda caption: caption.number)[: 1 if captions == "first" else None]
     ]
+    return examples if entities is None else with_regions(examples, Path(entities))
 
 
 def _read(root: Path) -> list[Caption]:

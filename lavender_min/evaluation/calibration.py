@@ -1,6 +1,7 @@
 """Does a map's contrast tell whether it is right? What `train.py --trust` builds on, measured where the truth is known.
 
     python -m lavender_min.evaluation.calibration --data toy --maps maps/toy maps/toy-paper
+    python -m lavender_min.evaluation.calibration --data flickr30k --entities DIR
 
 For each store of maps: over the words of answers that have a mask, how often the map's largest cell lies inside it, by fifths of
 the words, from the flattest maps to the sharpest; and the AUC, how likely it is that of a right and a wrong map the right one has
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from lavender_min import cli, data
 from lavender_min.cli import flag
-from lavender_min.data import SOURCES
+from lavender_min.evaluation.flags import MeasuredData
 from lavender_min.evaluation.metrics import pointing
 from lavender_min.evaluation.sheet import make_sheet
 from lavender_min.evaluation.tables import table
@@ -61,10 +62,8 @@ def calibrate(maps: Float[Tensor, "m g g"], masks: Bool[Tensor, "m g g"]) -> Cal
 
 
 @dataclass
-class Flags:
+class Flags(MeasuredData):
     maps: list[str] = flag([], "stores that extract.py made, one a recipe (default: maps/<data>)", metavar="DIR")
-    data: str = flag("toy", "the examples; their data must say where the things lie that words name", SOURCES)
-    data_root: str | None = flag(None, "their folder or hub id (default: data/<data>)")
     split: str | None = flag(None, "which part of the data the maps are of (default: what train.py takes)")
     out: str = flag("runs/calibration.png", "the plot")
 
@@ -74,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(flags: Flags) -> None:
-    examples, found = data.load(flags.data, flags.data_root, flags.split), {}
+    examples = data.load(flags.data, flags.data_root, flags.split, entities=flags.entities)
+    found = {}
     for folder in map(Path, flags.maps or [f"maps/{flags.data}"]):
         store = MapStore(folder)
         sheet = make_sheet([example for example in examples if example.id in store], store)

@@ -2,6 +2,7 @@
 
     python evaluate.py --data toy --seeds 3 --train "--qlora --num_train_epochs 20"     trains three pairs, then compares them
     python evaluate.py --data toy --plain runs/toy-plain --lavender runs/toy-lora       finished runs of train.py
+    python evaluate.py --data flickr30k --entities DIR --plain RUN --lavender RUN       the same on photographs with boxes
     python evaluate.py --adapter runs/flickr30k-qlora --image my.jpg --question "What is this?"     one's own picture
 
 With --image it prints the model's answer and draws where it looked for each word, into OUT/<name of the picture>.png. Otherwise it

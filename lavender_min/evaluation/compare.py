@@ -22,7 +22,7 @@ from lavender_min.evaluation import figures, metrics, models, report, tables
 from lavender_min.evaluation.flags import Flags, split_flags
 from lavender_min.evaluation.names import ALIGNED, CHANCE, LAVENDER, PLAIN, SD, UNTUNED, Numbers
 from lavender_min.evaluation.sheet import Sheet, first_pictures, make_sheet
-from lavender_min.failing import read_json, shaped
+from lavender_min.failing import read_json, say, shaped
 from lavender_min.maps import MapStore
 from lavender_min.tuning import runs
 from lavender_min.tuning.flags import ModelFlags
@@ -36,12 +36,11 @@ ROOT = Path(data.__file__).parents[2]
 def compare(flags: Flags, command: str) -> None:
     """Writes the report. `command` is the command line of this comparison, for the reader."""
     out = Path(flags.out)
-    split = data.measured_split(flags.data)
-    examples = first_pictures(data.load(flags.data, split=split), flags.scenes)
+    examples = first_pictures(flags.examples(), flags.scenes)
     check_pairs(flags, out)
     finished = recall_all(flags.plain, flags.lavender)
-    store, commands = held_out_maps(flags, split, examples)
-    sheet = make_sheet(examples, store)
+    store, commands = held_out_maps(flags, examples)
+    sheet = make_sheet(with_maps(examples, store), store)
     if flags.seeds:
         made = train_pairs(flags, out)
         commands += made.commands
@@ -84,17 +83,34 @@ def call(script: str, words: list[str]) -> None:
         raise ValueError(f"stopped, because {script} ended with exit code {code}; its flags were: {shlex.join(words)}")
 
 
-def held_out_maps(flags: Flags, split: str, examples: list[Example]) -> tuple[MapStore, list[list[str]]]:
+def held_out_maps(flags: Flags, examples: list[Example]) -> tuple[MapStore, list[list[str]]]:
     """The store, made or completed where it must be, and the commands that did it."""
     maps = Path(flags.maps or f"maps/{flags.data}-heldout")
     wanted = [*(["--sd", flags.sd] if flags.sd else []), *split_flags("--extract", flags.extract)]
-    words = ["--data", flags.data, "--split", split, "--limit", str(len(examples)), "--maps", str(maps), *wanted]
+    split = flags.split or data.measured_split(flags.data, flags.entities)
+    part = [*(["--split", split] if split else []), *root_flags(flags)]
+    words = ["--data", flags.data, *part, "--limit", str(len(examples)), "--maps", str(maps), *wanted]
     there = set(MapStore(maps).ids) if (maps / "recipe.json").exists() else set()
     # With flags of its own extract.py runs even if all is there: it checks that they are those the store was made with.
     if wanted or any(example.id not in there for example in examples):
         call("extract.py", words)
         return MapStore(maps), [["extract.py", *words]]
     return MapStore(maps), []
+
+
+def root_flags(flags: Flags) -> list[str]:
+    """Where the data lies, for another stage's command line."""
+    return ["--data_root", flags.data_root] if flags.data_root else []
+
+
+def with_maps(examples: list[Example], store: MapStore) -> list[Example]:
+    """Without those whose pictures extract.py could not read and has listed."""
+    kept = [example for example in examples if example.id in store]
+    if len(kept) < len(examples):
+        say(
+            f"{len(examples) - len(kept):,} of {len(examples):,} examples have no maps in {store.path} and are left out"
+        )
+    return kept
 
 
 def check_pairs(flags: Flags, out: Path) -> None:
@@ -126,7 +142,8 @@ def train_pairs(flags: Flags, out: Path) -> Made:
         for kind, folders in (("lavender", made.lavender), ("plain", made.plain)):
             folder = out / f"{kind}-{seed}"
             plain = ["--plain"] if kind == "plain" else []
-            words = ["--data", flags.data, *plain, "--seed", str(seed), "--output_dir", str(folder), *more]
+            words = ["--data", flags.data, *root_flags(flags), *plain, "--seed", str(seed)]
+            words += ["--output_dir", str(folder), *more]
             if not (folder / "trainer_state.json").exists():
                 call("train.py", words)
             folders.append(str(folder))

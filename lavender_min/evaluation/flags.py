@@ -7,15 +7,34 @@ from pathlib import Path
 
 from lavender_min import cli
 from lavender_min.cli import flag
-from lavender_min.data import SOURCES, measured_split
+from lavender_min.data import SOURCES, Example, load, measured_split
 
 # Flags of train.py that --seeds sets itself.
 OURS = ("--data", "--plain", "--seed", "--output_dir")
 
 
 @dataclass
-class Flags:
+class MeasuredData:
+    """The flags that say what is measured on."""
+
     data: str = flag("toy", "the pictures; their data must say where the things lie that words name", SOURCES)
+    data_root: str | None = flag(None, "where its files are: a folder, or a copy's hub id (default: data/<data>)")
+    split: str | None = flag(None, "which part of it (default: the held-out one)")
+    entities: str | None = flag(
+        None, "with --data flickr30k: the folder of Flickr30k Entities, with Annotations/ and Sentences/", metavar="DIR"
+    )
+
+    def __post_init__(self) -> None:
+        measured_split(self.data, self.entities)
+
+    def examples(self) -> list[Example]:
+        """Raises OSError or ValueError, in one line, if the data is not there."""
+        split = self.split or measured_split(self.data, self.entities)
+        return load(self.data, self.data_root, split or None, entities=self.entities)
+
+
+@dataclass
+class Flags(MeasuredData):
     plain: list[str] = flag([], "finished runs of train.py --plain, one a seed", metavar="DIR")
     lavender: list[str] = flag([], "finished runs of train.py, in the same order of seeds", metavar="DIR")
     seeds: int | None = flag(None, "train this many pairs first, in OUT/plain-0, OUT/lavender-0, …")
@@ -45,7 +64,7 @@ class Flags:
             return
         if self.question or self.vlm or self.adapter:
             raise ValueError("--question, --vlm and --adapter are about one's own picture: give --image too")
-        measured_split(self.data)
+        super().__post_init__()
         split_flags("--extract", self.extract)
         more = split_flags("--train", self.train)
         if more and not self.seeds:

@@ -2,6 +2,7 @@
 
     python -m lavender_min.evaluation.localise --scenes 500                    on held-out pictures: what to report
     python -m lavender_min.evaluation.localise --scenes 500 --split tune       on other pictures: what to choose by
+    python -m lavender_min.evaluation.localise --data flickr30k --entities DIR     on photographs with boxes
 
 Prints a Markdown table: on the pictures' captions, the share of words whose map is largest inside their mask (the
 pointing game), the share of the map's mass in there, and seconds a picture. Chance stands in the first row. Every recipe
@@ -22,10 +23,12 @@ from tqdm import tqdm
 
 from lavender_min import cli
 from lavender_min.cli import flag
-from lavender_min.data import SOURCES, Example, load, measured_split
+from lavender_min.data import BROKEN_PICTURE, SOURCES, Example
+from lavender_min.evaluation.flags import MeasuredData
 from lavender_min.evaluation.metrics import mass_inside, pointing
 from lavender_min.evaluation.sheet import kinds_of, regions_of
 from lavender_min.evaluation.tables import table
+from lavender_min.failing import say
 from lavender_min.teachers import Recipe, attention_maps, find_recipe, stable_diffusion
 from lavender_min.teachers.stable_diffusion import StableDiffusion
 
@@ -82,7 +85,7 @@ def localise(
     readings: Sequence[Reading],
     batch_size: int = 20,
 ) -> Localised:
-    """Scores over all words of the examples that have a region of some kind."""
+    """Scores over all words of the examples that have a region of some kind; of any, "", if the data knows no kinds."""
     found: dict[Reading, list[Tensor]] = {reading: [] for reading in readings}
     known: list[Known] = []
     kinds: dict[str, None] = {}
@@ -100,13 +103,15 @@ def localise(
             kinds |= kinds_of(regions)
             for w, word in enumerate(words.words):
                 region = regions.get((word.field, word.start, word.end))
-                if region is not None and region.kind:
+                if region is not None:
                     here.append(Known(i, w, region.kind, torch.from_numpy(region.mask)))
         known += here
         for reading, maps in found.items():
             of = attention_maps.combine(recorded, reading.of(recipe))
             maps += [of[word.picture].maps[word.word] for word in here]
-    scores = {reading: score(torch.stack(maps), known, list(kinds)) for reading, maps in found.items()}
+    if not known:
+        raise ValueError(f"none of the {len(examples)} captions holds a word with a region")
+    scores = {reading: score(torch.stack(maps), known, list(kinds) or [""]) for reading, maps in found.items()}
     return Localised(scores, seconds / len(examples))
 
 
@@ -139,7 +144,8 @@ def localisation_table(examples: list[Example], sd_name: str, names: Iterable[st
     best = max(plain, key=lambda row: row.scores[kinds[0]].pointing)
     normed = next(row for row in found if (row.name, row.reading) == (best.name, Reading(best.reading.side, True)))
 
-    header = ["recipe", "layers", *(f"pointing, {kind}" for kind in kinds), f"mass, {kinds[0]}", "s a picture"]
+    titles = [kind or "all" for kind in kinds]
+    header = ["recipe", "layers", *(f"pointing, {title}" for title in titles), f"mass, {titles[0]}", "s a picture"]
     chances = [f"{best.scores[kind].chance:.3f}" for kind in kinds]
     lines = [["chance", "", *chances, chances[0], ""]]
     for row in [*plain, normed]:
@@ -150,32 +156,39 @@ def localisation_table(examples: list[Example], sd_name: str, names: Iterable[st
     return table(header, lines), best.scores[kinds[0]].pointing
 
 
-def captions(name: str, split: str | None, count: int) -> list[Example]:
-    """The first `count` captions of a data set whose words have regions."""
-    measured = measured_split(name)
-    found = [example for example in load(name, split=split or measured) if not example.question]
+def captions(measured: MeasuredData, count: int) -> list[Example]:
+    """The first `count` captions of data whose words have regions. Pictures that cannot be read are left out, which is said."""
+    found: list[Example] = []
+    broken: list[Exception] = []
+    for example in measured.examples():
+        if not example.question and len(found) < count:
+            try:
+                example.image()
+                found.append(example)
+            except BROKEN_PICTURE as error:
+                broken.append(error)
+    if broken:
+        say(f"{len(broken):,} pictures cannot be read and are left out; the first: {broken[0]}")
     if len(found) < count:
         raise ValueError(f"--scenes {count}: there are {len(found)} captions")
-    return found[:count]
+    return found
 
 
 @dataclass
-class Flags:
-    data: str = flag("toy", "the pictures; their data must say where the things lie that words name", SOURCES)
+class Flags(MeasuredData):
     scenes: int = flag(500, "captions")
-    split: str | None = flag(None, "which part of the data (default: the held-out one)")
     only: list[str] = flag([], "some of the recipes: null-text takes ten times the rest", TRIALS)
     sd: str | None = flag(None, "Stable Diffusion: model name or pipeline folder (default: the data's)")
 
     def __post_init__(self) -> None:
         cli.at_least(1, scenes=self.scenes)
-        measured_split(self.data)
+        super().__post_init__()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     def run() -> None:
         flags = cli.parse(Flags, "localise", __doc__, argv)
-        examples = captions(flags.data, flags.split, flags.scenes)
+        examples = captions(flags, flags.scenes)
         print(localisation_table(examples, flags.sd or SOURCES[flags.data].sd, flags.only)[0])
 
     return cli.run("localise", run)

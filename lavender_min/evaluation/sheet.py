@@ -67,7 +67,12 @@ def kinds_of(regions: Regions) -> dict[str, None]:
 
 
 def make_sheet(examples: list[Example], store: MapStore) -> Sheet:
-    """Raises ValueError for an example without maps or regions, or whose text is not the one its maps were made for."""
+    """Raises ValueError for an example without maps or regions, or whose text is not the one its maps were made for.
+
+    So it does for maps of a picture's middle square, as regions are of the whole picture.
+    """
+    if store.recipe["frame"] != "whole":
+        raise ValueError(f"{store.path} has maps of parts of pictures (--frame crop): extract with --frame whole")
     missing = [example.id for example in examples if example.id not in store]
     if missing:
         raise ValueError(

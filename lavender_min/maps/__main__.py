@@ -1,9 +1,10 @@
-"""Check a map store, show it, or make one from the maps that the paper's authors released.
+"""Check a map store, show it, or make one from the maps that the paper's authors released, or from masks.
 
 python -m lavender_min.maps check DIR [--data NAME]       every row of every shard, and with --data whether its text and picture
                                                           are still those of the data; exit code 1 if anything is wrong
 python -m lavender_min.maps show DIR --n 12 [--data NAME] a sheet of word maps, over their pictures with --data
 python -m lavender_min.maps import JPEG_ROOT DIR          the released Flickr30k maps, words placed in --data_root's captions
+python -m lavender_min.maps from-masks DIR --data NAME    the boxes or masks that the data has for its words, in place of maps
 """
 
 import argparse
@@ -27,6 +28,7 @@ from lavender_min import cli, data, draw
 from lavender_min.data import pictures
 from lavender_min.geometry import MAP_SIDE
 from lavender_min.maps.check import check
+from lavender_min.maps.from_masks import from_masks
 from lavender_min.maps.store import MapStore, MapWriter
 from lavender_min.words import find_words
 
@@ -141,8 +143,8 @@ def parser() -> cli.Parser:
     """A subcommand for each function, whose arguments are the function's."""
     form: dict[str, Any] = {"usage": argparse.SUPPRESS, "formatter_class": cli.HelpFormatter}
     parser = cli.Parser(prog=PROG, description=__doc__, **form)
-    commands = parser.add_subparsers(required=True, metavar="check | show | import", prog=PROG)
-    functions = {"check": check, "show": show, "import": take_released}
+    commands = parser.add_subparsers(required=True, metavar="check | show | import | from-masks", prog=PROG)
+    functions = {"check": check, "show": show, "import": take_released, "from-masks": from_masks}
     own = {}
     for name, function in functions.items():
         what = (function.__doc__ or "").partition("\n")[0]
@@ -151,15 +153,20 @@ def parser() -> cli.Parser:
     own["import"].add_argument("jpegs", metavar="JPEG_ROOT", type=Path, help="the folder of the released maps")
     for name in functions:
         own[name].add_argument("folder", metavar="DIR", type=Path, help="the store")
-    check_, show_, import_ = (own[name].add_argument for name in functions)
+    check_, show_, import_, masks_ = (own[name].add_argument for name in functions)
     show_("--n", type=int, default=12, help="examples")
     show_("--out", type=Path, help="the picture to write (default: DIR/maps.png)")
     show_("--data", dest="name", choices=list(data.SOURCES), help="the data set whose pictures to lay under the maps")
     check_("--data", dest="name", choices=list(data.SOURCES), help="the data set to compare texts and pictures with")
     check_("--split", help="which part of it (default: the part for training)")
-    for add in (check_, show_, import_):
+    masks_(
+        "--data", dest="name", choices=list(data.SOURCES), required=True, help="the data set, whose words have regions"
+    )
+    masks_("--split", help="which part of it (default: the part for training)")
+    masks_("--entities", metavar="DIR", help="with --data flickr30k: the folder of Flickr30k Entities")
+    for add in (check_, show_, import_, masks_):
         add("--data_root", dest="root", help="where its files are (default: data/<data>)")
-    for add in (check_, import_):
+    for add in (check_, import_, masks_):
         add(
             "--captions",
             choices=["first", "all"],

@@ -133,9 +133,10 @@ def test_bad_lines_are_named(tmp_path, line, message):
 
 def test_wrong_names_and_options(tmp_path):
     with pytest.raises(
-        ValueError, match="--data must be one of flickr30k, laion50k, rlaifv83k, ocrvqa30k, folder, toy; got 'coco'"
+        ValueError,
+        match="--data must be one of flickr30k, laion50k, rlaifv83k, ocrvqa30k, refcoco, coco, folder, masks, toy; got 'imagenet'",
     ):
-        data.load("coco")
+        data.load("imagenet")
     with pytest.raises(ValueError, match="--data folder takes no --split"):
         data.load("folder", tmp_path, split="train")
     with pytest.raises(ValueError, match="--data toy takes no --data_root"):
@@ -158,12 +159,13 @@ def test_an_example_needs_no_more_than_training_does():
 
 
 def test_data_that_can_be_measured_says_where_things_are():
-    measured = {name: source.measured_split for name, source in data.SOURCES.items() if source.measured_split}
-    assert measured == {"toy": "heldout"}
-    for name, split in measured.items():
-        assert data.measured_split(name) == split
-        assert all(example.regions is not None for example in data.load(name, split=split))
-    with pytest.raises(ValueError, match="--data folder has no regions: .* data that does: toy"):
+    measured = {name for name, source in data.SOURCES.items() if source.measured_split is not None}
+    assert measured == {"flickr30k", "refcoco", "coco", "masks", "toy"}
+    assert data.measured_split("toy") == "heldout" and data.measured_split("masks") == ""
+    assert all(example.regions is not None for example in data.load("toy", split="heldout"))
+    with pytest.raises(
+        ValueError, match="--data folder has no regions: .* data that does: flickr30k, refcoco, coco, ma"
+    ):
         data.measured_split("folder")
 
 

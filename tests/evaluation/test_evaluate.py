@@ -170,7 +170,7 @@ def test_a_flag_of_no_use_ends_with_exit_code_2(capsys):
     assert evaluate.main(["--scenes", "0"]) == 2
     assert capsys.readouterr().err == "evaluate.py: --scenes must be a whole number of at least 1; got 0\n"
     with pytest.raises(SystemExit) as stop:
-        evaluate.main(["--data", "coco"])
+        evaluate.main(["--data", "imagenet"])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and all(name in err for name in data.SOURCES)
 

@@ -5,6 +5,7 @@ import torch
 from tiny_sd import build_tiny_sd
 
 from lavender_min.evaluation import localise
+from lavender_min.evaluation.flags import MeasuredData
 from lavender_min.evaluation.localise import Reading
 from lavender_min.geometry import MAP_SIDE
 from lavender_min.teachers import attention_maps, find_recipe, stable_diffusion
@@ -33,7 +34,7 @@ def true_masks(example):
 def test_scores_equal_those_taken_word_by_word(folder):
     sd = stable_diffusion.load(folder)
     # The first with words of every kind.
-    examples = localise.captions("toy", "tune", 6)
+    examples = localise.captions(MeasuredData(split="tune"), 6)
     assert [example.id for example in examples] == [f"tune-{i:05d}-caption" for i in range(6)]
     readings = [Reading(None, False), Reading(8, True)]
     scores, seconds = localise.localise(sd, examples, find_recipe("noise", timesteps=[300]), readings, batch_size=2)
@@ -62,7 +63,7 @@ def test_scores_equal_those_taken_word_by_word(folder):
 def test_the_table_has_a_row_for_every_recipe_and_resolution(folder, monkeypatch):
     trials = {"invert": find_recipe("invert", inversion_steps=1), "noise": find_recipe("noise", timesteps=[9])}
     monkeypatch.setattr(localise, "TRIALS", trials)
-    text, best = localise.localisation_table(localise.captions("toy", "tune", 2), folder)
+    text, best = localise.localisation_table(localise.captions(MeasuredData(split="tune"), 2), folder)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     names = [(name, layers) for name in trials for layers in ("all", "8²", "4²")]
     head = ["recipe", "layers", "pointing, shape", "pointing, color", "pointing, size", "mass, shape", "s a picture"]

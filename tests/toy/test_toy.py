@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lavender_min.evaluation import localise
+from lavender_min.evaluation.flags import MeasuredData
 from lavender_min.teachers import attention_maps
 from lavender_min.toy import data, models, world
 
@@ -171,7 +172,7 @@ def test_stable_diffusion_reads_its_text(pipe):
 @pytest.mark.slow
 def test_stable_diffusion_points_at_what_a_word_means():
     """500 held-out scenes: part of the table of lavender_min/toy/README.md."""
-    examples = localise.captions("toy", None, 500)
+    examples = localise.captions(MeasuredData(), 500)
     table, best = localise.localisation_table(examples, str(models.SD_FOLDER), ["paper", "noise, t 151"])
     print(table)
     assert best >= 0.85
