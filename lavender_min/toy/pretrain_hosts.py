@@ -9,7 +9,7 @@ about which colour goes with which shape. The other asks "what color is the star
 numbers are left for tuning to teach.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,20 +19,15 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from lavender_min.data import CAPTION_PROMPT, Example
+from lavender_min.data import CAPTION_PROMPT
 from lavender_min.toy import data, hosts, world
 from lavender_min.toy.fitting import DEVICE, corpus, fit
+from lavender_min.toy.talks import NO_LABEL, QUESTIONS, Chats, Text, asked, listed, single_turn
 
-# The kinds of questions that a host is trained on, beside the list of what is there.
-QUESTIONS = ("color", "exists")
 # What a patch may show, in the order of a Thing's fields.
 KINDS_OF_PATCH = (world.SHAPES, tuple(world.COLORS), tuple(world.SIZES))
-# Questions in a conversation. For one pass through the tower a picture teaches several times which patch belongs to a question.
-TURNS = 4
 # Patches along the side of a picture, and of a tile.
 CELLS, TILE_CELLS = hosts.SIDE // hosts.PATCH, hosts.TILE // hosts.PATCH
-# Left out of the loss.
-NO_LABEL = -100
 
 
 class Sight(NamedTuple):
@@ -58,20 +53,6 @@ class Training(NamedTuple):
     pictures: int = 16
     tower_steps: int = 2600
     whole_steps: tuple[int, ...] = (2400,)
-
-
-class Turn(NamedTuple):
-    question: str
-    answer: str
-
-
-class Text(NamedTuple):
-    """A batch of conversations."""
-
-    ids: Tensor  # [b, t]
-    mask: Tensor  # [b, t], 0 where a text is filled up
-    labels: Tensor  # [b, t], NO_LABEL outside the answers
-    image_token_id: int
 
 
 def patch_kinds(scene: world.Scene, side: int) -> np.ndarray:
@@ -285,60 +266,6 @@ def train_whole(name: str, built: hosts.Built, images: np.ndarray, out: Path) ->
 
     for phase, steps in enumerate(how.whole_steps, 1):
         fit(name if phase == 1 else f"{name}_{phase}", built.model, loss_of, steps, 1.5e-3, out)
-
-
-def listed(scene: world.Scene) -> list[Turn]:
-    """What is there, in a conversation of its own: after it every question could be answered without looking."""
-    return [Turn(CAPTION_PROMPT, world.listing(scene).text)]
-
-
-def asked(scene: world.Scene, rng: np.random.Generator) -> list[Turn]:
-    """TURNS questions, kinds in any order, none twice."""
-    turns = {}
-    while len(turns) < TURNS:
-        question, answer = world.QUESTIONS[str(rng.choice(QUESTIONS))](scene, rng)
-        turns[question.text] = answer.text
-    return [Turn(*turn) for turn in turns.items()]
-
-
-class Chats:
-    """Conversations in token ids, with as many image tokens as a toy picture has."""
-
-    def __init__(self, built: hosts.Built):
-        self.built = built
-
-    def encoded(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
-        """Token ids and labels. The picture stands before the first question."""
-        template, messages = self.built.processor.apply_chat_template, list[dict[str, Any]]()
-        ids, labels = list[int](), list[int]()
-        for turn in turns:
-            prompt = [{"type": "text", "text": turn.question}]
-            messages.append({"role": "user", "content": prompt if messages else [{"type": "image"}, *prompt]})
-            start = len(self.grown(template(messages, add_generation_prompt=True)))
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-            ids = self.grown(template(messages))
-            labels += [NO_LABEL] * (start - len(labels)) + ids[start:]
-        return ids, labels
-
-    def grown(self, text: str) -> list[int]:
-        ids = self.built.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        place = ids.index(self.built.image_token_id)
-        return ids[:place] + self.built.image_ids + ids[place + 1 :]
-
-    def batch(self, conversations: Sequence[Sequence[Turn]]) -> Text:
-        texts = [self.encoded(turns) for turns in conversations]
-        pad = self.built.processor.tokenizer.pad_token_id
-        ids = torch.full((len(texts), max(len(own) for own, _ in texts)), pad)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, NO_LABEL)
-        for row, (own, told) in enumerate(texts):
-            ids[row, : len(own)] = torch.tensor(own)
-            mask[row, : len(own)] = 1
-            labels[row, : len(own)] = torch.tensor(told)
-        return Text(ids.to(DEVICE), mask.to(DEVICE), labels.to(DEVICE), self.built.image_token_id)
-
-
-def single_turn(example: Example) -> list[Turn]:
-    return [Turn(example.question or CAPTION_PROMPT, example.answer)]
 
 
 @torch.no_grad()

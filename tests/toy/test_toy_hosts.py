@@ -10,8 +10,9 @@ from transformers import AutoModelForImageTextToText
 
 from lavender_min.data import CAPTION_PROMPT
 from lavender_min.hosts import processors
-from lavender_min.toy import data, fitting, hosts, models, pretrain_hosts
-from lavender_min.toy.pretrain_hosts import CELLS, TRAININGS, Chats
+from lavender_min.toy import data, fitting, hosts, models, pretrain_hosts, talks
+from lavender_min.toy.pretrain_hosts import CELLS, TRAININGS
+from lavender_min.toy.talks import Chats
 
 CORPUS = [CAPTION_PROMPT, "user", "assistant", "User:", "Assistant:", "what color is the star?", "a red star"] * 200
 
@@ -52,7 +53,7 @@ def test_patches_are_named_in_the_order_in_which_the_tower_gives_them(named, mon
 def test_conversations_are_as_the_processor_writes_them(named):
     name, built = named
     scene = data.scene_of(3)
-    turns = pretrain_hosts.listed(scene) + pretrain_hosts.asked(scene, np.random.default_rng(0))
+    turns = talks.listed(scene) + talks.asked(scene, np.random.default_rng(0))
     text = Chats(built).batch([turns[:1], turns])
     messages = []
     for turn in turns:
@@ -71,18 +72,18 @@ def test_conversations_are_as_the_processor_writes_them(named):
     assert text.ids[0][:short].tolist() == text.ids[1][:short].tolist() and short < len(expected[0])
     tokenizer = built.processor.tokenizer
     for row, told in enumerate((turns[:1], turns)):
-        labelled = text.ids[row][text.labels[row] != pretrain_hosts.NO_LABEL]
+        labelled = text.ids[row][text.labels[row] != talks.NO_LABEL]
         said_there = "".join(tokenizer.decode(labelled, skip_special_tokens=True).split())
         assert said_there == "".join(turn.answer for turn in told).replace(" ", "")
 
 
 def test_a_conversation_asks_nothing_twice_and_is_true():
-    assert pretrain_hosts.listed(data.scene_of(3)) == pretrain_hosts.single_turn(data.example("pretrain-00003-caption"))
+    assert talks.listed(data.scene_of(3)) == talks.single_turn(data.example("pretrain-00003-caption"))
     kinds = set()
     for i in range(40):
         scene = data.scene_of(i)
-        turns = pretrain_hosts.asked(scene, np.random.default_rng(i))
-        assert len({turn.question for turn in turns}) == len(turns) == pretrain_hosts.TURNS
+        turns = talks.asked(scene, np.random.default_rng(i))
+        assert len({turn.question for turn in turns}) == len(turns) == talks.TURNS
         color_of = {thing.shape: thing.color for thing in scene.things}
         for question, answer in turns:
             *asked, last = question.rstrip("?").split()
@@ -100,7 +101,7 @@ def test_trained_as_it_will_be_used(named):
     name, built = named
     how, examples = TRAININGS[name], [data.example(f"pretrain-{i:05d}-exists") for i in range(3)]
     images = np.stack([np.asarray(example.image()) for example in examples])
-    text = Chats(built).batch([pretrain_hosts.single_turn(example) for example in examples])
+    text = Chats(built).batch([talks.single_turn(example) for example in examples])
     seen = pretrain_hosts.process(built, images)
     inputs = {"input_ids": text.ids, "attention_mask": text.mask}
     inputs |= {"pixel_values": seen[:, None]} if name == "idefics" else dict(seen)
