@@ -73,9 +73,10 @@ def read(name: str, quantize: bool, dtype: torch.dtype) -> Host:
         # Under FSDP each card is to get its part only.
         sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
         device = {"": torch.cuda.current_device()} if torch.cuda.is_available() and not sharded else None
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, device_map=device, trust_remote_code=False, output_loading_info=True, **extra
         )
+        model, found = loaded
     except OSError as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise OSError(

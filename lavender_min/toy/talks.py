@@ -40,7 +40,7 @@ def listed(scene: world.Scene) -> list[Turn]:
 
 def asked(scene: world.Scene, rng: np.random.Generator) -> list[Turn]:
     """TURNS questions, kinds in any order, none twice."""
-    turns = {}
+    turns = dict[str, str]()
     while len(turns) < TURNS:
         question, answer = world.QUESTIONS[str(rng.choice(QUESTIONS))](scene, rng)
         turns[question.text] = answer.text
