@@ -2,6 +2,7 @@
 
     python evaluate.py --data toy --seeds 3 --train "--qlora --num_train_epochs 20"     trains three pairs, then compares them
     python evaluate.py --data toy --plain runs/toy-plain --lavender runs/toy-lora       finished runs of train.py
+    python evaluate.py --benchmarks mme,pope --plain runs/a --lavender runs/b                    benchmarks of lmms-eval
     python evaluate.py --adapter runs/flickr30k-qlora --image my.jpg --question "What is this?"     one's own picture
 
 With --image it prints the model's answer and draws where it looked for each word, into OUT/<name of the picture>.png. Otherwise it
@@ -38,6 +39,10 @@ def evaluate(argv: list[str]) -> None:
         from lavender_min.evaluation import own_picture
 
         own_picture.describe(flags, image)
+    elif flags.benchmarks is not None:
+        from lavender_min.evaluation import benchmarks
+
+        benchmarks.benchmark(flags, shlex.join(["python", PROG, *argv]))
     else:
         from lavender_min.evaluation import compare
 
@@ -48,7 +53,7 @@ def joined(argv: list[str]) -> list[str]:
     """`--train "--qlora"` as `--train=--qlora`: argparse takes a lone "--qlora" for a flag of our own."""
     argv = list(argv)
     for i in range(len(argv) - 1, 0, -1):
-        if argv[i - 1] in ("--train", "--extract"):
+        if argv[i - 1] in ("--train", "--extract", "--bench"):
             argv[i - 1 : i + 1] = [f"{argv[i - 1]}={argv[i]}"]
     return argv
 

@@ -31,6 +31,14 @@ class Flags:
         None, "with --image: hub id or folder of the host (default: the adapter's, or the data's)", metavar="NAME"
     )
     adapter: str | None = flag(None, "with --image: a finished run of train.py, or a PEFT adapter", metavar="DIR")
+    benchmarks: str | None = flag(
+        None, "lmms-eval's tasks, with commas between, or paper for those of the paper", metavar="TASKS"
+    )
+    bench: str = flag("", "with --benchmarks: more flags for lmms-eval, in quotes", metavar="FLAGS")
+    bench_python: str = flag(
+        ".venv-bench/bin/python",
+        "with --benchmarks: the interpreter that has lmms-eval; make bench-env builds this one",
+    )
     scenes: int = flag(100, "held-out pictures")
     batch_size: int = flag(32, "texts at once")
     out: str = flag("runs/report", "folder for the report")
@@ -45,6 +53,13 @@ class Flags:
             return
         if self.question or self.vlm or self.adapter:
             raise ValueError("--question, --vlm and --adapter are about one's own picture: give --image too")
+        if self.benchmarks is not None:
+            if self.seeds or self.train:
+                raise ValueError("--benchmarks compares finished runs: give --plain and --lavender, not --seeds")
+            split_flags("--bench", self.bench)
+            return
+        if self.bench:
+            raise ValueError("--bench is for lmms-eval: give --benchmarks too")
         measured_split(self.data)
         split_flags("--extract", self.extract)
         more = split_flags("--train", self.train)
