@@ -3,6 +3,7 @@
     python evaluate.py --data toy --seeds 3 --train "--qlora --num_train_epochs 20"     trains three pairs, then compares them
     python evaluate.py --data toy --plain runs/toy-plain --lavender runs/toy-lora       finished runs of train.py
     python evaluate.py --benchmarks mme,pope --plain runs/a --lavender runs/b                    benchmarks of lmms-eval
+    python evaluate.py --data flickr30k --text val --plain runs/a --lavender runs/b          BLEU, CIDEr and right answers
     python evaluate.py --adapter runs/flickr30k-qlora --image my.jpg --question "What is this?"     one's own picture
 
 With --image it prints the model's answer and draws where it looked for each word, into OUT/<name of the picture>.png. Otherwise it
@@ -43,6 +44,10 @@ def evaluate(argv: list[str]) -> None:
         from lavender_min.evaluation import benchmarks
 
         benchmarks.benchmark(flags, shlex.join(["python", PROG, *argv]))
+    elif flags.text is not None:
+        from lavender_min.evaluation import text_quality
+
+        text_quality.compare_texts(flags, shlex.join(["python", PROG, *argv]))
     else:
         from lavender_min.evaluation import compare
 

@@ -39,6 +39,13 @@ class Flags:
         ".venv-bench/bin/python",
         "with --benchmarks: the interpreter that has lmms-eval; make bench-env builds this one",
     )
+    text: str | None = flag(
+        None,
+        "instead of maps measure BLEU and CIDEr of captions, and answers, on this split of any data (all where it has none), "
+        "or on the share that train.py --eval_share held out",
+        metavar="SPLIT|SHARE",
+    )
+    data_root: str | None = flag(None, "with --text: the data's folder or hub id (default: data/<data>)")
     scenes: int = flag(100, "held-out pictures")
     batch_size: int = flag(32, "texts at once")
     out: str = flag("runs/report", "folder for the report")
@@ -53,13 +60,19 @@ class Flags:
             return
         if self.question or self.vlm or self.adapter:
             raise ValueError("--question, --vlm and --adapter are about one's own picture: give --image too")
-        if self.benchmarks is not None:
+        if self.benchmarks is not None and self.text is not None:
+            raise ValueError("--benchmarks and --text exclude each other")
+        if self.benchmarks is not None or self.text is not None:
             if self.seeds or self.train:
-                raise ValueError("--benchmarks compares finished runs: give --plain and --lavender, not --seeds")
-            split_flags("--bench", self.bench)
-            return
-        if self.bench:
+                name = "--text" if self.benchmarks is None else "--benchmarks"
+                raise ValueError(f"{name} compares finished runs: give --plain and --lavender, not --seeds")
+        if self.bench and self.benchmarks is None:
             raise ValueError("--bench is for lmms-eval: give --benchmarks too")
+        if self.data_root is not None and self.text is None:
+            raise ValueError("--data_root is for --text: give it too")
+        split_flags("--bench", self.bench)
+        if self.benchmarks is not None or self.text_share is not None or self.text is not None:
+            return
         measured_split(self.data)
         split_flags("--extract", self.extract)
         more = split_flags("--train", self.train)
@@ -69,6 +82,17 @@ class Flags:
             raise ValueError("--seeds makes its own runs: leave out --plain and --lavender")
         if taken := [name for name in more if name.split("=")[0] in OURS]:
             raise ValueError(f"--train must not hold {taken[0]}: --seeds sets {', '.join(OURS)} itself")
+
+    @property
+    def text_share(self) -> float | None:
+        """--text as a share, None if it is the name of a split. Raises ValueError for a number that is no share."""
+        try:
+            share = float(str(self.text))
+        except ValueError:
+            return None
+        if not 0 < share < 1:
+            raise ValueError(f"--text must be a split, or a share above 0 and below 1; got {self.text}")
+        return share
 
     @property
     def drawing(self) -> Path:
