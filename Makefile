@@ -5,12 +5,18 @@ RUN = .venv/bin/python
 # One thread a process: two processes of spinning threads on two cores are five times slower.
 TEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest
 .DELETE_ON_ERROR:
-.PHONY: venv demo seeds hosts trust test test-all bench gpu results lint kernels clean
+.PHONY: venv bench-env demo seeds hosts trust test test-all bench gpu results lint kernels clean
 
 venv: .venv/done
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --progress-bar off --no-warn-script-location -c constraints.txt -e '.[dev]'
+	touch $@
+
+bench-env: .venv-bench/done    ## what evaluate.py --benchmarks runs lmms-eval with, beside .venv: 7 GB with its torch
+.venv-bench/done: pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --progress-bar off --no-warn-script-location -e '.[bench]'
 	touch $@
 
 demo: venv            ## the whole way on the toy world: maps, plain and Lavender tuning, report
@@ -49,4 +55,4 @@ lint: venv
 	.venv/bin/mypy
 
 clean:
-	rm -rf .venv runs maps build *.egg-info
+	rm -rf .venv .venv-bench runs maps build *.egg-info

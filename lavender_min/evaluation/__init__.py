@@ -4,6 +4,10 @@
     compare          finished runs against each other: makes what is missing, measures, writes the report
     own_picture      one's own picture: the answer, and where each of its words looked
 
+    benchmarks       lmms-eval on exported runs (benchmark_names: what it calls things; benchmark_report: table and bars)
+    local_task       one's own questions as a task of lmms-eval
+    text_quality     BLEU and CIDEr of captions, and answers, on any data
+
     sheet            what is measured against: texts, and where the things lie that their words name
     models           the models that are measured: loaded, their maps read, their answers generated
     metrics          pointing game, mass inside, entropy, alignment, right answers

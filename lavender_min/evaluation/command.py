@@ -3,6 +3,8 @@
     python evaluate.py --data toy --seeds 3 --train "--qlora --num_train_epochs 20"     trains three pairs, then compares them
     python evaluate.py --data toy --plain runs/toy-plain --lavender runs/toy-lora       finished runs of train.py
     python evaluate.py --data flickr30k --entities DIR --plain RUN --lavender RUN       the same on photographs with boxes
+    python evaluate.py --benchmarks mme,pope --plain runs/a --lavender runs/b                    benchmarks of lmms-eval
+    python evaluate.py --data flickr30k --text val --plain runs/a --lavender runs/b          BLEU, CIDEr and right answers
     python evaluate.py --adapter runs/flickr30k-qlora --image my.jpg --question "What is this?"     one's own picture
 
 With --image it prints the model's answer and draws where it looked for each word, into OUT/<name of the picture>.png. Otherwise it
@@ -39,6 +41,14 @@ def evaluate(argv: list[str]) -> None:
         from lavender_min.evaluation import own_picture
 
         own_picture.describe(flags, image)
+    elif flags.benchmarks is not None:
+        from lavender_min.evaluation import benchmarks
+
+        benchmarks.benchmark(flags, shlex.join(["python", PROG, *argv]))
+    elif flags.text is not None:
+        from lavender_min.evaluation import text_quality
+
+        text_quality.compare_texts(flags, shlex.join(["python", PROG, *argv]))
     else:
         from lavender_min.evaluation import compare
 
@@ -49,7 +59,7 @@ def joined(argv: list[str]) -> list[str]:
     """`--train "--qlora"` as `--train=--qlora`: argparse takes a lone "--qlora" for a flag of our own."""
     argv = list(argv)
     for i in range(len(argv) - 1, 0, -1):
-        if argv[i - 1] in ("--train", "--extract"):
+        if argv[i - 1] in ("--train", "--extract", "--bench"):
             argv[i - 1 : i + 1] = [f"{argv[i - 1]}={argv[i]}"]
     return argv
 

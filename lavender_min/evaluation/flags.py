@@ -50,6 +50,20 @@ class Flags(MeasuredData):
         None, "with --image: hub id or folder of the host (default: the adapter's, or the data's)", metavar="NAME"
     )
     adapter: str | None = flag(None, "with --image: a finished run of train.py, or a PEFT adapter", metavar="DIR")
+    benchmarks: str | None = flag(
+        None, "lmms-eval's tasks, with commas between, or paper for those of the paper", metavar="TASKS"
+    )
+    bench: str = flag("", "with --benchmarks: more flags for lmms-eval, in quotes", metavar="FLAGS")
+    bench_python: str = flag(
+        ".venv-bench/bin/python",
+        "with --benchmarks: the interpreter that has lmms-eval; make bench-env builds this one",
+    )
+    text: str | None = flag(
+        None,
+        "instead of maps measure BLEU and CIDEr of captions, and answers, on this split of any data (all where it has none), "
+        "or on the share that train.py --eval_share held out",
+        metavar="SPLIT|SHARE",
+    )
     scenes: int = flag(100, "held-out pictures")
     batch_size: int = flag(32, "texts at once")
     out: str = flag("runs/report", "folder for the report")
@@ -64,6 +78,18 @@ class Flags(MeasuredData):
             return
         if self.question or self.vlm or self.adapter:
             raise ValueError("--question, --vlm and --adapter are about one's own picture: give --image too")
+        if self.benchmarks is not None and self.text is not None:
+            raise ValueError("--benchmarks and --text exclude each other")
+        if self.benchmarks is not None or self.text is not None:
+            if self.seeds or self.train:
+                name = "--text" if self.benchmarks is None else "--benchmarks"
+                raise ValueError(f"{name} compares finished runs: give --plain and --lavender, not --seeds")
+        if self.bench and self.benchmarks is None:
+            raise ValueError("--bench is for lmms-eval: give --benchmarks too")
+        split_flags("--bench", self.bench)
+        # A share that is none is refused here.
+        if self.benchmarks is not None or self.text_share is not None or self.text is not None:
+            return
         super().__post_init__()
         split_flags("--extract", self.extract)
         more = split_flags("--train", self.train)
@@ -73,6 +99,17 @@ class Flags(MeasuredData):
             raise ValueError("--seeds makes its own runs: leave out --plain and --lavender")
         if taken := [name for name in more if name.split("=")[0] in OURS]:
             raise ValueError(f"--train must not hold {taken[0]}: --seeds sets {', '.join(OURS)} itself")
+
+    @property
+    def text_share(self) -> float | None:
+        """--text as a share, None if it is the name of a split. Raises ValueError for a number that is no share."""
+        try:
+            share = float(str(self.text))
+        except ValueError:
+            return None
+        if not 0 < share < 1:
+            raise ValueError(f"--text must be a split, or a share above 0 and below 1; got {self.text}")
+        return share
 
     @property
     def drawing(self) -> Path:

@@ -29,6 +29,8 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "answers": Measure("answers right", "%", 100, 1, 1),
+    "bleu": Measure("BLEU-4", "%", 1, 1, 1),
+    "cider": Measure("CIDEr", "× 100", 1, 1, 1),
     "pointing": Measure("pointing game", "%", 100, 1, 1),
     "mass": Measure("mass inside the mask", "%", 100, 1, 1),
     "entropy": Measure("entropy", "nats", 1, 3, 0),

@@ -43,6 +43,12 @@ def base_of(folder: Path) -> str:
 def export(folder: Path, out: Path) -> None:
     """Writes weights, configs, tokenizer and chat template of the run, or adapter, in `folder` to `out`."""
     base = base_of(folder)
+    write(base, None if base == str(folder) else str(folder), out)
+    print(f"{out} holds the merged model and its processor")
+
+
+def write(base: str, adapter: str | None, out: Path) -> None:
+    """The same for a host by its hub id or folder, with an adapter or as it is."""
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: give a new folder")
     # Written aside and renamed, so that what is killed midway is in nobody's way.
@@ -53,14 +59,13 @@ def export(folder: Path, out: Path) -> None:
         processor = processors.load(base)
         # PaliGemma's files hold no chat template: the one that it is tuned with goes along.
         processor.chat_template = processor.chat_template or family_of(base, host.config.model_type).chat_template
-    if base != str(folder):
-        with naming(folder):
-            host = PeftModel.from_pretrained(host, str(folder)).merge_and_unload(safe_merge=True)
+    if adapter is not None:
+        with naming(adapter):
+            host = PeftModel.from_pretrained(host, adapter).merge_and_unload(safe_merge=True)
     with naming(out):
         host.save_pretrained(aside)
         processor.save_pretrained(aside)
         os.replace(aside, out)
-    print(f"{out} holds the merged model and its processor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
