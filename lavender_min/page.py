@@ -32,6 +32,9 @@ MARK = "{{data}}"
 PICTURE_SIDE = 448
 # There are hundreds of maps a word if each layer and head has its own, so these are smaller than others.
 HEAD_SIDE = 16
+HEAD_LEVELS = 16
+# So many shades are enough for a map that the browser smooths, and take a quarter less than 256.
+LEVELS = 64
 
 
 class WordMaps(NamedTuple):
@@ -133,7 +136,7 @@ def word_data(of: WordMaps) -> dict[str, Any]:
     if of.mask is not None:
         found["outline"] = outline(of.mask)
     if of.heads is not None:
-        found["heads"] = sprite(resize_map(with_means(of.heads.float()), HEAD_SIDE), levels=16)
+        found["heads"] = sprite(resize_map(with_means(of.heads.float()), HEAD_SIDE), levels=HEAD_LEVELS)
     return found
 
 
@@ -151,14 +154,14 @@ def with_means(heads: Float[Tensor, "l h g g"]) -> Float[Tensor, "rows columns g
     return torch.cat([reduce(layers, "l h y x -> l 1 y x", "mean"), layers], 1)
 
 
-def sprite(maps: Float[Tensor, "rows columns side side"], levels: int = 256) -> str:
+def sprite(maps: Float[Tensor, "rows columns side side"], levels: int = LEVELS) -> str:
     """All maps in one PNG, each stretched to 0 … 1. Its palette gives a value its colour, and more opacity the larger it is."""
     cells = (minmax(maps.float()) * (levels - 1)).round().to(torch.uint8).cpu()
     image = Image.fromarray(rearrange(cells, "r c y x -> (r y) (c x)").numpy(), "P")
     values = np.linspace(0, 1, levels)
     colors = as_bytes(matplotlib.colormaps["inferno"](values)[:, :3])
     image.putpalette(colors.tobytes())
-    bits = {"bits": 4} if levels == 16 else {}
+    bits = {"bits": 4} if levels <= 16 else {}
     return as_url(image, "PNG", optimize=True, transparency=as_bytes(0.35 + 0.5 * values).tobytes(), **bits)
 
 

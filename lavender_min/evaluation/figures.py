@@ -24,8 +24,8 @@ from lavender_min.maps import entropy
 PAGE_PICTURES = 24
 ABOUT = (
     "Where each model looked for words of the answers. Trust: how sharp Stable Diffusion's map is, (largest − smallest) / mean. "
-    "Entropy: how spread out a map is, at most 6.93 nats. Pointing, %: whether its largest cell lies on the thing. Mass, %: the share "
-    "of the map that does."
+    "Entropy: how spread out a map is, at most 6.93 nats. Pointing, %: whether its largest cell lies on the thing. Mass, %: "
+    "the share of the map that does."
 )
 
 
