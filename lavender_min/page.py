@@ -61,7 +61,8 @@ class Text(NamedTuple):
 
 class Picture(NamedTuple):
     name: str
-    image: Image.Image
+    # None where it is not at hand: maps are then shown alone, as squares.
+    image: Image.Image | None
     texts: Sequence[Text]
 
 
@@ -91,15 +92,12 @@ def write(path: Path, page: Page) -> None:
 
 
 def picture_data(picture: Picture) -> dict[str, Any]:
-    small = picture.image.convert("RGB")
-    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    return {
-        "name": picture.name,
-        "image": as_url(small, "JPEG", quality=85),
-        "width": small.width,
-        "height": small.height,
-        "texts": [text_data(text) for text in picture.texts],
-    }
+    found: dict[str, Any] = {"name": picture.name, "image": "", "width": 1, "height": 1}
+    if picture.image is not None:
+        small = picture.image.convert("RGB")
+        small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+        found |= {"image": as_url(small, "JPEG", quality=85), "width": small.width, "height": small.height}
+    return found | {"texts": [text_data(text) for text in picture.texts]}
 
 
 def text_data(text: Text) -> dict[str, Any]:

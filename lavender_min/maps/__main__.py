@@ -53,7 +53,8 @@ class Shown(NamedTuple):
 
     id: str
     stored: StoredMaps
-    picture: Image.Image
+    # None without --data.
+    picture: Image.Image | None
 
 
 def show(folder: Path, n: int, out: Path | None, name: str | None, root: str | None, html: str | None) -> int:
@@ -65,10 +66,7 @@ def show(folder: Path, n: int, out: Path | None, name: str | None, root: str | N
         raise ValueError(
             f"{folder} holds no maps" + (f" for --data {name}: were they made from other data?" if name else "")
         )
-    rows = [
-        Shown(id, store[id], draw.framed(pictures[id](), store.recipe["frame"]) if name else Image.new("L", (1, 1)))
-        for id in ids
-    ]
+    rows = [Shown(id, store[id], draw.framed(pictures[id](), store.recipe["frame"]) if name else None) for id in ids]
     if html is None:
         out = out or folder / "maps.png"
         draw_sheet(rows, out)
@@ -86,8 +84,9 @@ def draw_sheet(rows: list[Shown], out: Path) -> None:
     for axes, (id, stored, picture) in zip(figure.subplots(len(rows), COLUMNS, squeeze=False), rows, strict=True):
         text = f"{id}:  {stored.question} {stored.answer}"[:160]
         axes[0].text(0, 1.22, text, fontsize=7, color="#444444", transform=axes[0].transAxes)
+        square = Image.new("L", (1, 1)) if picture is None else picture.resize((256, 256))
         for axis, i in zip(axes, spread(range(len(stored.words)), COLUMNS), strict=False):
-            draw.overlay(axis, picture.resize((256, 256)), stored.maps[i])
+            draw.overlay(axis, square, stored.maps[i])
             axis.set_title(stored.words[i].text, fontsize=8, pad=2)
         for axis in axes[len(stored.words) :]:
             axis.axis("off")

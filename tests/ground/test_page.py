@@ -85,6 +85,13 @@ def test_maps_come_back_from_the_sprite(tmp_path, picture):
         assert told["numbers"] == of.numbers and "outline" not in told and "heads" not in told
 
 
+def test_maps_can_stand_without_their_picture(tmp_path):
+    shown = page.Picture("p", None, [page.Text("", "cat", word_maps("cat"))])
+    _, data = written(tmp_path / "page.html", page.Page("t", "", ["a", "b"], [shown]))
+    (found,) = data["pictures"]
+    assert (found["image"], found["width"], found["height"]) == ("", 1, 1) and found["texts"][0]["maps"]
+
+
 def test_a_mask_is_outlined_between_its_cells_and_the_others(tmp_path, picture):
     mask = torch.rand(7, 7, generator=torch.Generator().manual_seed(3)) > 0.6
     shown = page.Picture("p", picture, [page.Text("", "cat", word_maps("cat", mask=mask))])
