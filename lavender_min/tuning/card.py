@@ -107,7 +107,7 @@ def data_text(decided: dict[str, Any]) -> str:
 
 def flags_of(flags: ModelFlags, decided: dict[str, Any]) -> dict[str, Any]:
     """The model's flags that are not at their default, and some of the Trainer's."""
-    found = {"--vlm": flags.vlm, "--mode": flags.mode}
+    found: dict[str, Any] = {"--vlm": flags.vlm, "--mode": flags.mode}
     for field in fields(ModelFlags):
         value = getattr(flags, field.name)
         if field.default is not MISSING and value != field.default:
