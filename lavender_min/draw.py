@@ -4,10 +4,16 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lavender_min.geometry import minmax
+
+
+def framed(picture: Image.Image, frame: str) -> Image.Image:
+    """What the maps of a store cover: the whole picture, or, where its frame is "crop", the square in the middle."""
+    side = min(picture.size)
+    return ImageOps.fit(picture, (side, side)) if frame == "crop" else picture
 
 
 def overlay(axis: Axes, picture: Image.Image, word_map: Float[Tensor, "g g"]) -> Float[np.ndarray, "g g"]:

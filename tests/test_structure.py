@@ -13,7 +13,7 @@ PACKAGE = ROOT / "lavender_min"
 FLOORS = [
     {"kernels", "failing"},
     {"words", "geometry", "hub", "cli"},
-    {"reference", "draw", "data", "toy"},
+    {"reference", "draw", "page", "data", "toy"},
     {"ops", "maps"},
     {"teachers", "hosts"},
     {"align"},

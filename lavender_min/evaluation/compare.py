@@ -61,10 +61,14 @@ def compare(flags: Flags, command: str) -> None:
     figures.draw_maps(out / "maps.png", sheet, figures.choose(sheet), found.maps)
     pictures = ["maps.png", *(["curves.png"] if figures.draw_curves(out / "curves.png", folders) else [])]
     report.write(out, sheet, found.numbers, folders, about, pictures)
+    if flags.html:
+        figures.write_page(flags.page, sheet, found.maps, store.recipe["frame"])
     main = tables.main_table(found.numbers)
     differences = tables.differences_table(found.numbers, tuple(tables.main_columns(found.numbers)))
     print("\n\n".join(filter(None, [main, differences])))
     print(f"{out / 'report.md'}, report.json and {' and '.join(pictures)} are written")
+    if flags.html:
+        print(f"{flags.page} is to be opened in a browser")
 
 
 def versions() -> dict[str, str]:

@@ -1,20 +1,32 @@
-"""The pictures of the report: where the models looked for some words, and the losses of the runs."""
+"""The pictures of the report: where the models looked for some words, and the losses of the runs. And its page."""
 
 import statistics
 import textwrap
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from lavender_min import draw
-from lavender_min.evaluation.names import COLORS, LAVENDER, PLAIN
+from lavender_min import draw, page
+from lavender_min.evaluation.metrics import mass_inside, pointing
+from lavender_min.evaluation.names import COLORS, LAVENDER, PLAIN, SD, spell
 from lavender_min.evaluation.report import Run
 from lavender_min.evaluation.sheet import Sheet
+from lavender_min.geometry import contrast
+from lavender_min.maps import entropy
+
+# A page of so many pictures stays below 5 MB.
+PAGE_PICTURES = 24
+ABOUT = (
+    "Where each model looked for words of the answers. Trust: how sharp Stable Diffusion's map is, (largest − smallest) / mean. "
+    "Entropy: how spread out a map is, at most 6.93 nats. Pointing, %: whether its largest cell lies on the thing. Mass, %: "
+    "the share of the map that does."
+)
 
 
 def choose(sheet: Sheet, count: int = 5) -> list[int]:
@@ -58,6 +70,45 @@ def draw_maps(path: Path, sheet: Sheet, chosen: list[int], maps: dict[str, Float
         row[0].set(xticks=[], yticks=[])
         row[0].spines[:].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def write_page(path: Path, sheet: Sheet, maps: dict[str, Float[Tensor, "m g g"]], frame: str) -> None:
+    """The sheet's first pictures, and over them each model's map of the word that one points at."""
+    numbers = [numbers_of(name, of, sheet) for name, of in maps.items()]
+    # Picture ─► example ─► its words on the sheet.
+    words: dict[str, dict[int, list[int]]] = {}
+    for i, (picture, (e, _)) in enumerate(zip(sheet.pictures, sheet.place, strict=True)):
+        words.setdefault(picture, {}).setdefault(e, []).append(i)
+    pictures = []
+    for name, texts in list(words.items())[:PAGE_PICTURES]:
+        shown = [page.Text(*sheet.examples[e][2:4], [page_word(i, sheet, maps, numbers) for i in of])
+                 for e, of in texts.items()]  # fmt: skip
+        image = sheet.examples[next(iter(texts))].image()
+        pictures.append(page.Picture(name, draw.framed(image, frame), shown))
+    page.write(path, page.Page("Where the models look", ABOUT, list(maps), pictures))
+
+
+def page_word(
+    i: int, sheet: Sheet, maps: dict[str, Float[Tensor, "m g g"]], numbers: list[list[dict[str, str]]]
+) -> page.WordMaps:
+    e, w = sheet.place[i]
+    word = [word for word in sheet.stored[e].words if word.field == "answer"][w]
+    return page.WordMaps(word, torch.stack([of[i] for of in maps.values()]), [of[i] for of in numbers], sheet.masks[i])
+
+
+def numbers_of(name: str, maps: Float[Tensor, "m g g"], sheet: Sheet) -> list[dict[str, str]]:
+    """What a page says of each map: as in the tables, but of one word."""
+    values = {
+        "entropy": entropy(maps),
+        "pointing": pointing(maps, sheet.masks),
+        "mass": mass_inside(maps, sheet.masks),
+    }
+    trust = contrast(maps.float())
+    return [
+        ({"trust": f"{trust[i]:.2f}"} if name == SD else {})
+        | {key: spell(key, of[i].item(), None) for key, of in values.items()}
+        for i in range(len(maps))
+    ]
 
 
 def draw_curves(path: Path, runs: list[Run]) -> bool:

@@ -64,6 +64,7 @@ class Flags(MeasuredData):
         "or on the share that train.py --eval_share held out",
         metavar="SPLIT|SHARE",
     )
+    html: bool = flag(False, "write a page too, in which one points at a word and sees where each model looked for it")
     scenes: int = flag(100, "held-out pictures")
     batch_size: int = flag(32, "texts at once")
     out: str = flag("runs/report", "folder for the report")
@@ -73,7 +74,7 @@ class Flags(MeasuredData):
         if self.image is not None:
             if not self.image.strip():
                 raise ValueError("--image needs the file of a picture; got ''")
-            if os.path.realpath(self.image) == os.path.realpath(self.drawing):
+            if os.path.realpath(self.image) in map(os.path.realpath, (self.drawing, self.page)):
                 raise ValueError(f"--out {self.out} would write over --image {self.image}: take another --out")
             return
         if self.question or self.vlm or self.adapter:
@@ -115,6 +116,11 @@ class Flags(MeasuredData):
     def drawing(self) -> Path:
         """Where --image's words are drawn to."""
         return Path(self.out) / f"{Path(str(self.image)).stem}.png"
+
+    @property
+    def page(self) -> Path:
+        """Where --html writes."""
+        return self.drawing.with_suffix(".html") if self.image is not None else Path(self.out) / "page.html"
 
 
 def split_flags(name: str, text: str) -> list[str]:

@@ -24,12 +24,13 @@ from lavender_min.data import Example
 from lavender_min.evaluation.sheet import Sheet
 from lavender_min.failing import naming
 from lavender_min.hosts.load import load as load_host
+from lavender_min.hosts.reading import Sink
 from lavender_min.maps import StoredMaps
 from lavender_min.tuning import runs
 from lavender_min.tuning.collator import Collator, chat
 from lavender_min.tuning.export import base_of
 from lavender_min.tuning.flags import ModelFlags
-from lavender_min.tuning.model import Lavender
+from lavender_min.tuning.model import Lavender, per_word, word_rows
 
 Collate = Callable[[list[tuple[Example, StoredMaps | None]]], dict[str, Any]]
 
@@ -91,6 +92,17 @@ def maps_of_batch(model: Lavender, batch: dict[str, Any]) -> dict[str, Float[Ten
     with autocast(model):
         found = model.read(**to_device(inputs, model.base.device))
     return {name: maps.float().cpu() for name, maps in found.items()}
+
+
+@torch.no_grad()
+def heads_of_batch(model: Lavender, batch: dict[str, Any]) -> Float[Tensor, "m l h g g"]:
+    """The maps of a collated batch in every layer that is read and every head, on the CPU. Their mean is "own"."""
+    batch = to_device(batch, model.base.device)
+    words, inputs = word_rows(batch["words"]), {k: v for k, v in batch.items() if k not in ("words", "labels")}
+    sink = Sink(model.family, words, model.layers, None, lambda maps: maps)
+    with autocast(model):
+        model.family.hidden_states(model.base, inputs, sink)
+    return torch.stack([per_word(maps, words.lengths) for maps in sink.own_maps.values()], 1).float().cpu()
 
 
 def words_of_batch(batch: dict[str, Any]) -> list[int]:

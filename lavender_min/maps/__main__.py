@@ -2,7 +2,8 @@
 
 python -m lavender_min.maps check DIR [--data NAME]       every row of every shard, and with --data whether its text and picture
                                                           are still those of the data; exit code 1 if anything is wrong
-python -m lavender_min.maps show DIR --n 12 [--data NAME] a sheet of word maps, over their pictures with --data
+python -m lavender_min.maps show DIR --n 12 [--data NAME] a sheet of word maps, over their pictures with --data; with --html a
+                                                          page in which one points at a word
 python -m lavender_min.maps import JPEG_ROOT DIR          the released Flickr30k maps, words placed in --data_root's captions
 python -m lavender_min.maps from-masks DIR --data NAME    the boxes or masks that the data has for its words, in place of maps
 """
@@ -14,28 +15,33 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lavender_min import cli, data, draw
+from lavender_min import cli, data, draw, page
 from lavender_min.data import pictures
-from lavender_min.geometry import MAP_SIDE
+from lavender_min.geometry import MAP_SIDE, contrast
 from lavender_min.maps.check import check
 from lavender_min.maps.from_masks import from_masks
-from lavender_min.maps.store import MapStore, MapWriter
+from lavender_min.maps.shard import StoredMaps
+from lavender_min.maps.store import MapStore, MapWriter, entropy
 from lavender_min.words import find_words
 
 PROG = "python -m lavender_min.maps"
 
-# Words of an example that are shown.
+# Words of an example that the sheet shows.
 COLUMNS = 8
+ABOUT = (
+    "Where the teacher, Stable Diffusion, sees each word. Trust: how sharp its map is, (largest − smallest) / mean. "
+    "Entropy: how spread out it is, at most 6.93 nats."
+)
 
 
 def spread(items: Sequence[Any], n: int) -> list[Any]:
@@ -44,7 +50,16 @@ def spread(items: Sequence[Any], n: int) -> list[Any]:
     return [items[i * len(items) // n] for i in range(n)]
 
 
-def show(folder: Path, n: int, out: Path | None, name: str | None, root: str | None) -> int:
+class Shown(NamedTuple):
+    """A row of a store, and what its maps lie over."""
+
+    id: str
+    stored: StoredMaps
+    # None without --data.
+    picture: Image.Image | None
+
+
+def show(folder: Path, n: int, out: Path | None, name: str | None, root: str | None, html: str | None) -> int:
     """Draw a sheet of word maps, a line an example: each map is stretched to 0 … 1 and, with --data, laid over the picture."""
     store = MapStore(folder)
     pictures = {example.id: example.image for example in data.load(name, root) if example.id in store} if name else {}
@@ -53,25 +68,44 @@ def show(folder: Path, n: int, out: Path | None, name: str | None, root: str | N
         raise ValueError(
             f"{folder} holds no maps" + (f" for --data {name}: were they made from other data?" if name else "")
         )
-    inches = 1.75 * len(ids) + 0.25
+    rows = [Shown(id, store[id], draw.framed(pictures[id](), store.recipe["frame"]) if name else None) for id in ids]
+    if html is None:
+        out = out or folder / "maps.png"
+        draw_sheet(rows, out)
+    else:
+        out = Path(html or folder / "maps.html")
+        write_page(rows, out, str(folder))
+    print(f"{len(ids)} of {len(store):,} examples: {out}")
+    return 0
+
+
+def draw_sheet(rows: list[Shown], out: Path) -> None:
+    inches = 1.75 * len(rows) + 0.25
     figure = Figure(figsize=(1.3 * COLUMNS, inches))
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.1 / inches, top=1 - 0.45 / inches, wspace=0.05, hspace=0.4)
-    for axes, id in zip(figure.subplots(len(ids), COLUMNS, squeeze=False), ids, strict=True):
-        stored = store[id]
-        picture = pictures[id]() if name else Image.new("L", (1, 1))
-        square = (256, 256)
-        picture = ImageOps.fit(picture, square) if store.recipe.get("frame") == "crop" else picture.resize(square)
+    for axes, (id, stored, picture) in zip(figure.subplots(len(rows), COLUMNS, squeeze=False), rows, strict=True):
         text = f"{id}:  {stored.question} {stored.answer}"[:160]
         axes[0].text(0, 1.22, text, fontsize=7, color="#444444", transform=axes[0].transAxes)
+        square = Image.new("L", (1, 1)) if picture is None else picture.resize((256, 256))
         for axis, i in zip(axes, spread(range(len(stored.words)), COLUMNS), strict=False):
-            draw.overlay(axis, picture, stored.maps[i])
+            draw.overlay(axis, square, stored.maps[i])
             axis.set_title(stored.words[i].text, fontsize=8, pad=2)
         for axis in axes[len(stored.words) :]:
             axis.axis("off")
-    out = out or folder / "maps.png"
     figure.savefig(out, dpi=110)
-    print(f"{len(ids)} of {len(store):,} examples: {out}")
-    return 0
+
+
+def write_page(rows: list[Shown], out: Path, title: str) -> None:
+    """The same as a page, with every word."""
+    pictures = []
+    for id, stored, picture in rows:
+        sharp, spread_out = contrast(stored.maps.float()).tolist(), entropy(stored.maps.float()).tolist()
+        words = [
+            page.WordMaps(word, maps[None], [{"trust": f"{trust:.2f}", "entropy": f"{nats:.3f}"}])
+            for word, maps, trust, nats in zip(stored.words, stored.maps, sharp, spread_out, strict=True)
+        ]
+        pictures.append(page.Picture(id, picture, [page.Text(stored.question, stored.answer, words)]))
+    page.write(out, page.Page(title, ABOUT, ["the teacher's map"], pictures))
 
 
 def released_map(file: Path) -> Float[Tensor, "g g"]:
@@ -156,6 +190,7 @@ def parser() -> cli.Parser:
     check_, show_, import_, masks_ = (own[name].add_argument for name in functions)
     show_("--n", type=int, default=12, help="examples")
     show_("--out", type=Path, help="the picture to write (default: DIR/maps.png)")
+    show_("--html", nargs="?", const="", metavar="FILE", help="write a page instead (default: DIR/maps.html)")
     show_("--data", dest="name", choices=list(data.SOURCES), help="the data set whose pictures to lay under the maps")
     check_("--data", dest="name", choices=list(data.SOURCES), help="the data set to compare texts and pictures with")
     check_("--split", help="which part of it (default: the part for training)")

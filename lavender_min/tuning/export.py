@@ -20,7 +20,8 @@ from lavender_min import cli
 from lavender_min.failing import naming, read_json, shaped
 from lavender_min.hosts import processors
 from lavender_min.hosts.load import family_of
-from lavender_min.tuning import runs
+from lavender_min.tuning import card, runs
+from lavender_min.tuning.checkpoints import STATE_FILE
 
 PROG = "export"
 ADAPTER_FILE = "adapter_config.json"
@@ -65,6 +66,9 @@ def write(base: str, adapter: str | None, out: Path) -> None:
     with naming(out):
         host.save_pretrained(aside)
         processor.save_pretrained(aside)
+        if (folder / runs.FLAGS_FILE).exists():
+            state = folder / STATE_FILE
+            card.write(aside, folder, read_json(state, dict)["log_history"] if state.exists() else [], whole=True)
         os.replace(aside, out)
 
 

@@ -15,10 +15,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.training_args import OptimizerNames
 
 from lavender_min.failing import naming
-from lavender_min.tuning import sanity
+from lavender_min.tuning import card, sanity
 from lavender_min.tuning.checkpoints import STATE_FILE
 from lavender_min.tuning.model import Lavender
-from lavender_min.tuning.runs import ALIGN_FILE, load_align
+from lavender_min.tuning.runs import ALIGN_FILE, FLAGS_FILE, load_align
 from lavender_min.tuning.schedules import LAMBDA_SCHEDULES, aligner_steps
 
 NO_NUMBERS = "does a lower --learning_rate help, with another --output_dir?"
@@ -213,6 +213,13 @@ class LavenderTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
+        # A Trainer that is used from Python may have no run that remembers its flags.
+        run = Path(str(self.args.output_dir))
+        if (run / FLAGS_FILE).exists():
+            card.write(folder, run, self.state.log_history)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """What --push_to_hub would write over the card that `_save` has left."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A run is finished once its folder has trainer_state.json again, which comes last."""

@@ -1,0 +1,133 @@
+"""The model card of a run: a README.md beside its weights, so that a pushed adapter explains itself.
+
+PEFT puts a card of headings without text beside every adapter it saves. This one takes its place. All it says stands in the run's
+folder already: `lavender.json` holds the flags, the Trainer's log the losses. What the hub reads of a card is YAML at its top.
+"""
+
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from lavender_min.data import SOURCES
+from lavender_min.failing import read_json
+from lavender_min.tuning import runs
+from lavender_min.tuning.flags import ModelFlags
+
+CARD_FILE = "README.md"
+TAGS = ["lavender", "diffusion-instruction-tuning", "image-text-to-text"]
+# Of the Trainer's flags those that a reader asks for first; lavender.json holds all.
+TRAINER_FLAGS = (
+    "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "lr_scheduler_type",
+    "weight_decay", "seed",
+)  # fmt: skip
+# What the Trainer logs, and what it is called in the card.
+MEASURES = {
+    "loss_vlm": "cross entropy per token, training",
+    "loss_att": "alignment loss, training",
+    "eval_loss_vlm": "cross entropy per token, validation",
+    "eval_loss_att": "alignment loss, validation",
+}
+LOAD = """```python
+{imports}from transformers import AutoModelForImageTextToText, AutoProcessor
+
+here = "."  # this folder, or the repository it was pushed to
+{load}
+processor = AutoProcessor.from_pretrained(here)
+```"""
+
+
+def write(folder: Path, run: Path, history: Sequence[dict[str, Any]], whole: bool = False) -> None:
+    """Writes the card of the run in the folder `run` to `folder`. `history` is what the Trainer logged.
+
+    `whole` says that the folder holds a whole model, into which the adapter was merged.
+    """
+    flags = runs.recall(run)
+    decided = read_json(run / runs.FLAGS_FILE, dict).get(runs.DECIDES, {})
+    whole = whole or flags.mode == "full"
+    title = f"{Path(flags.vlm).name}, {'plain tuning' if flags.plain else 'Lavender'}"
+    parts = [f"---\n{metadata(flags, decided, whole).to_yaml()}\n---", f"# {title}", intro(flags, whole)]
+    parts += ["## How to load it", loading(flags, whole), "## Data", data_text(decided)]
+    if measures := last_logged(history):
+        steps = max(int(entry.get("step", 0)) for entry in history)
+        parts += ["## Measures", f"As last logged, in {steps} steps.", table("measure", measures)]
+    parts += ["## Flags", "Those of train.py that differ from its defaults, or that decide most."]
+    parts += [table("flag", flags_of(flags, decided))]
+    ModelCard("\n\n".join(parts) + "\n").save(folder / CARD_FILE)
+
+
+def metadata(flags: ModelFlags, decided: dict[str, Any], whole: bool) -> ModelCardData:
+    """What the hub reads. A folder of this machine is no name that it could look up, and it would refuse it."""
+    local = Path(flags.vlm).exists() or Path(flags.vlm).is_absolute()
+    sets = [word.partition(":")[0] for word in decided.get("--data", "").split()]
+    return ModelCardData(
+        base_model=None if local else flags.vlm,
+        base_model_relation=None if local else "finetune" if whole else "adapter",
+        library_name="transformers" if whole else "peft",
+        pipeline_tag="image-text-to-text",
+        tags=TAGS if flags.mode == "full" else ["lora", *TAGS],
+        datasets=[next(iter(SOURCES[name].hub)) for name in sets if SOURCES[name].hub] or None,
+    )
+
+
+def loading(flags: ModelFlags, whole: bool) -> str:
+    if whole:
+        load = 'model = AutoModelForImageTextToText.from_pretrained(here, dtype="auto")'
+    else:
+        load = f'host = AutoModelForImageTextToText.from_pretrained("{flags.vlm}", dtype="auto")\n'
+        load += "model = PeftModel.from_pretrained(host, here)"
+    return LOAD.format(imports="" if whole else "from peft import PeftModel\n", load=load)
+
+
+def intro(flags: ModelFlags, whole: bool) -> str:
+    trained = "every weight" if flags.mode == "full" and not flags.train_only else flags.train_only or "LoRA adapters"
+    what = f"`{flags.vlm}`, fine-tuned ({trained}{', on a 4-bit host' if flags.mode == 'qlora' else ''})"
+    how = (
+        "on text alone, without alignment."
+        if flags.plain
+        else "by Diffusion Instruction Tuning (Lavender): its attention from words to the picture was pulled towards Stable "
+        "Diffusion's. What was trained beside it, `lavender.safetensors`, is not needed to use it."
+    )
+    form = "This folder holds the whole model." if whole else "This folder holds a PEFT adapter."
+    return f"{what}, {how} {form} It needs no package but those below."
+
+
+def data_text(decided: dict[str, Any]) -> str:
+    lines = []
+    if "the examples" in decided:
+        examples = decided["the examples"].replace(" with", " examples with", 1)
+        lines = [f"`--data {decided['--data']}`: {examples}."]
+    recipe = {key.removeprefix("the maps' "): value for key, value in decided.items() if key.startswith("the maps' ")}
+    if recipe:
+        lines += ["Stable Diffusion's maps were made so:", table("", recipe)]
+    return "\n\n".join(lines) or "Not written down."
+
+
+def flags_of(flags: ModelFlags, decided: dict[str, Any]) -> dict[str, Any]:
+    """The model's flags that are not at their default, and some of the Trainer's."""
+    found: dict[str, Any] = {"--vlm": flags.vlm, "--mode": flags.mode}
+    for field in fields(ModelFlags):
+        value = getattr(flags, field.name)
+        if field.default is not MISSING and value != field.default:
+            found[f"--{field.name}"] = value
+    if not flags.plain:
+        found |= {"--aggregate": flags.aggregate, "--aligner": flags.aligner, "--lambda_att": flags.lambda_att}
+    trainer = {f"--{name}": decided.get(f"--{name}") for name in TRAINER_FLAGS}
+    return found | {name: value for name, value in trainer.items() if value is not None}
+
+
+def last_logged(history: Sequence[dict[str, Any]]) -> dict[str, str]:
+    found = {}
+    for key, name in MEASURES.items():
+        values = [entry[key] for entry in history if key in entry]
+        if values:
+            found[name] = f"{values[-1]:.4f}"
+    return found
+
+
+def table(first: str, rows: dict[str, Any]) -> str:
+    """Two columns, as Markdown. A bar would end a cell."""
+    lines = [f"| {name} | {str(value).replace('|', '¦')} |" for name, value in rows.items()]
+    return "\n".join([f"| {first} | |", "|---|---|", *lines])
