@@ -121,7 +121,8 @@ def run_model(
     weights = folder / "exported"
     if not weights.exists():
         full = model.run is not None and export.base_of(Path(model.run)) == model.run
-        export.write(*((model.run, None) if full else (model.vlm, model.run)), weights)
+        base, adapter = (model.run, None) if full else (model.vlm, model.run)
+        export.write(str(base), adapter, weights)
         complete(weights, model_type)
     for task in missing:
         run_task(task, weights, folder, start, more)

@@ -13,7 +13,7 @@ program; the two part a text differently in rare cases only, so figures are clos
 import importlib.util
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lavender_min import data
 from lavender_min.data import SOURCES, Example
@@ -121,7 +121,7 @@ def bleu(replies: list[str], references: list[list[str]]) -> float:
 
     # One stream a reference; None where a picture has fewer.
     longest = max(map(len, references))
-    streams = [[words_of(of[i]) if i < len(of) else None for of in references] for i in range(longest)]
+    streams: list[Any] = [[words_of(of[i]) if i < len(of) else None for of in references] for i in range(longest)]
     metric = BLEU(tokenize="none", smooth_method="none", force=True)
     return float(metric.corpus_score(list(map(words_of, replies)), streams).score)
 

@@ -66,9 +66,10 @@ def write(base: str, adapter: str | None, out: Path) -> None:
     with naming(out):
         host.save_pretrained(aside)
         processor.save_pretrained(aside)
-        if (folder / runs.FLAGS_FILE).exists():
-            state = folder / STATE_FILE
-            card.write(aside, folder, read_json(state, dict)["log_history"] if state.exists() else [], whole=True)
+        run = Path(adapter or base)
+        if (run / runs.FLAGS_FILE).exists():
+            state = run / STATE_FILE
+            card.write(aside, run, read_json(state, dict)["log_history"] if state.exists() else [], whole=True)
         os.replace(aside, out)
 
 
