@@ -52,7 +52,7 @@ SPLITS = {
     "crowd": Split("crowd", turns=CROWD_KINDS),
     # The first so many scenes of one row: a store of maps for the largest serves all.
     **{f"crowd_{n}": Split("crowd", turns=CROWD_KINDS, scenes=n) for n in (64, 128, 256, 1024, 2048, 4096)},
-    **{name: Split(name, CROWD_KINDS) for name in scenes.CROWDS if name != "crowd"},
+    **{name: Split(name, CROWD_KINDS, scenes=100) for name in scenes.CROWDS if name != "crowd"},
 }
 
 
@@ -75,7 +75,7 @@ def scene_of(seed: int) -> Scene:
     return world.make_scene(seed)
 
 
-@lru_cache(4096)
+@lru_cache(8192)
 def crowded(crowd: scenes.Crowd, number: int) -> Scene:
     return scenes.make_scene(crowd, number)
 

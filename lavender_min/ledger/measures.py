@@ -1,0 +1,91 @@
+"""What is measured of a run.
+
+Numbers are named "split/measure.kind", as "crowd_test/answers.all"; those of the second checkpoint "curve2/…".
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lavender_min import data
+from lavender_min.data import Example
+from lavender_min.evaluation import figures, metrics, models
+from lavender_min.evaluation.names import Numbers
+from lavender_min.evaluation.sheet import Sheet, first_pictures, make_sheet, picture_of
+from lavender_min.maps import MAX_ENTROPY, MapStore, entropy
+
+BATCH = 50
+BINS = 24
+# Of the ideal attention, this share lies evenly over the whole picture: outside of a mask it must not be 0, or KL is infinite.
+ELSEWHERE = 0.01
+
+
+class Measured(NamedTuple):
+    numbers: Numbers
+    # How many words have an entropy in each of BINS equal parts of 0 … MAX_ENTROPY, by kind of map.
+    histograms: dict[str, list[int]]
+    # The maps of the words that are shown (`figures.choose`), by kind.
+    shown: dict[str, Float[Tensor, "m g g"]]
+
+
+def part_of(examples: list[Example], number: int, parts: int) -> list[Example]:
+    """Every `parts`-th picture's examples, from picture `number` on."""
+    pictures = list(dict.fromkeys(map(picture_of, examples)))
+    chosen = set(pictures[number::parts])
+    return [example for example in examples if picture_of(example) in chosen]
+
+
+def examples_of(split: str, scenes: int, part: tuple[int, int] = (0, 1)) -> list[Example]:
+    return part_of(first_pictures(data.load("toy", split=split), scenes), *part)
+
+
+def sheet_of(store: Path, split: str, scenes: int, part: tuple[int, int] = (0, 1)) -> Sheet:
+    return make_sheet(examples_of(split, scenes, part), MapStore(store))
+
+
+def kl(maps: Float[Tensor, "m g g"], masks: Bool[Tensor, "m g g"]) -> Float[Tensor, " m"]:
+    """KL(p ‖ p*) in nats (appendix B.4, Eq. 24 and 25): how far each map is from attention spread evenly over its mask.
+
+    p* is known here: (1 − ELSEWHERE) of it lies evenly in the mask, ELSEWHERE evenly over the picture.
+    """
+    cells = maps[0].numel()
+    p = maps.flatten(1) / maps.flatten(1).sum(1, keepdim=True).clamp(min=1e-30)
+    inside = masks.flatten(1).float()
+    ideal = (1 - ELSEWHERE) * inside / inside.sum(1, keepdim=True) + ELSEWHERE / cells
+    return (torch.special.xlogy(p, p) - p * ideal.log()).sum(1)
+
+
+def of_maps(maps: Float[Tensor, "m g g"], sheet: Sheet) -> Numbers:
+    return metrics.map_numbers(maps, sheet) | metrics.by_kind("kl", kl(maps, sheet.masks), sheet)
+
+
+def histogram(maps: Float[Tensor, "m g g"]) -> list[int]:
+    return torch.histc(entropy(maps), BINS, 0, MAX_ENTROPY).int().tolist()
+
+
+def of_store(kind: str, sheet: Sheet, split: str) -> Measured:
+    """Stable Diffusion's maps, or the masks themselves, measured as a host's maps are."""
+    maps = sheet.masks.float() if kind == "masks" else sheet.maps
+    numbers = {f"{split}/{name}": value for name, value in of_maps(maps, sheet).items()}
+    return Measured(numbers, {kind: histogram(maps)}, {kind: maps[figures.choose(sheet)]})
+
+
+def of_host(loaded: models.Loaded, sheet: Sheet, split: str) -> Measured:
+    """Maps, own and through the Aligner, and the answers to the sheet's questions."""
+    maps = models.read_maps(loaded.model, models.collator(loaded, "whole"), sheet, BATCH)
+    numbers = of_maps(maps["own"], sheet)
+    if "aligned" in maps:
+        numbers |= {f"aligned.{name}": value for name, value in of_maps(maps["aligned"], sheet).items()}
+    found = {f"{split}/{name}": value for name, value in numbers.items()} | answers(loaded, sheet.examples, split)
+    histograms = {name: histogram(of) for name, of in maps.items()}
+    chosen = figures.choose(sheet)
+    return Measured(found, histograms, {name: of[chosen] for name, of in maps.items()})
+
+
+def answers(loaded: models.Loaded, examples: list[Example], split: str) -> Numbers:
+    questions = [example for example in examples if example.question]
+    replies = models.answer(loaded.model, loaded.processor, questions, BATCH)
+    return {f"{split}/{name}": value for name, value in metrics.answer_numbers(questions, replies).items()}
