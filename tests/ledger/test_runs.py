@@ -60,7 +60,7 @@ flags = { match = "all" }
 [arms.oracle]
 about = "exact masks"
 maps = "masks"
-flags = { aggregate = "layer-mean", aligner = "none" }
+flags = { aggregate = "layer-mean", aligner = "none", match = "all" }
 [arms.switched]
 about = "switched"
 like = "oracle"
