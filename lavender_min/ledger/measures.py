@@ -3,8 +3,9 @@
 Numbers are named "split/measure.kind", as "crowd_test/answers.all"; those of the second checkpoint "curve2/…".
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +16,10 @@ from lavender_min.data import Example
 from lavender_min.evaluation import figures, metrics, models
 from lavender_min.evaluation.names import Numbers
 from lavender_min.evaluation.sheet import Sheet, first_pictures, make_sheet, picture_of
+from lavender_min.ledger.plan import Run, host_folder
 from lavender_min.maps import MAX_ENTROPY, MapStore, entropy
+from lavender_min.tuning import runs
+from lavender_min.tuning.flags import ModelFlags
 
 BATCH = 50
 BINS = 24
@@ -31,6 +35,47 @@ class Measured(NamedTuple):
     shown: dict[str, Float[Tensor, "m g g"]]
 
 
+def of_run(run: Run, store: Path | None, trained: Path | None) -> Measured:
+    """All that is measured of a run: at its end on every split, and on a few scenes at each of its checkpoints.
+
+    `store` holds Stable Diffusion's maps of the split whose maps are read, `trained` is the folder that the training left.
+    """
+    if run.kind == "maps":
+        return of_store(run.maps, sheet_of(store, run.mapped, run.measured[run.mapped], run.part), run.mapped)
+    flags = runs.recall(trained) if trained else ModelFlags(vlm=str(host_folder(run.host)))
+    loaded = load(flags, trained)
+    parts = []
+    for split, scenes in run.measured.items():
+        if split == run.mapped:
+            parts.append(of_host(loaded, sheet_of(store, split, scenes, run.part), split))
+        else:
+            parts.append(Measured(answers(loaded, examples_of(split, scenes, run.part), split), {}, {}))
+    if run.curve:
+        sheet = sheet_of(store, run.mapped, run.curve)
+        for number, checkpoint in enumerate(checkpoints(trained), 1):
+            parts.append(of_checkpoint(of_host(load(flags, checkpoint), sheet, run.mapped), f"curve{number}/"))
+    return Measured(*(merged([part[field] for part in parts]) for field in range(3)))
+
+
+def merged(dicts: Sequence[dict[str, Any]]) -> Any:
+    return {name: value for one in dicts for name, value in one.items()}
+
+
+def load(flags: ModelFlags, trained: Path | None) -> models.Loaded:
+    return models.load(flags, torch.float32, None if trained is None else str(trained))
+
+
+def checkpoints(trained: Path | None) -> list[Path]:
+    found = [] if trained is None else list(trained.glob("checkpoint-*"))
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def of_checkpoint(found: Measured, name: str) -> Measured:
+    """Under the checkpoint's name in place of the split's; without histograms."""
+    numbers = {name + key.partition("/")[2]: value for key, value in found.numbers.items()}
+    return Measured(numbers, {}, {name + kind: maps for kind, maps in found.shown.items()})
+
+
 def part_of(examples: list[Example], number: int, parts: int) -> list[Example]:
     """Every `parts`-th picture's examples, from picture `number` on."""
     pictures = list(dict.fromkeys(map(picture_of, examples)))
@@ -42,7 +87,10 @@ def examples_of(split: str, scenes: int, part: tuple[int, int] = (0, 1)) -> list
     return part_of(first_pictures(data.load("toy", split=split), scenes), *part)
 
 
-def sheet_of(store: Path, split: str, scenes: int, part: tuple[int, int] = (0, 1)) -> Sheet:
+def sheet_of(store: Path | None, split: str, scenes: int, part: tuple[int, int] = (0, 1)) -> Sheet:
+    """Raises ValueError if there is no store."""
+    if store is None:
+        raise ValueError(f"the maps of {split} are read, and there is no store of them")
     return make_sheet(examples_of(split, scenes, part), MapStore(store))
 
 

@@ -77,8 +77,9 @@ def forecast(ledger: Ledger, processes: int) -> str:
     """How many runs are missing, and how long they take by the declared pace."""
     runs = ledger.whole_plan().runs.values()
     left = [run for run in runs if not ledger.file(run).exists()]
-    hours = sum(planning.seconds(ledger.setup, run) for run in left) / 3600 / processes
-    return f"{len(left)} of {len(runs)} runs are to be made, about {hours:.1f} h in {processes} processes"
+    hours = sum(planning.seconds(ledger.setup, run) for run in left) / 3600
+    shared = f", {hours / processes:.1f} in {processes} processes" if processes > 1 else ""
+    return f"{len(left)} of {len(runs)} runs are to be made, about {hours:.1f} hours of one core{shared}"
 
 
 def work(ledger: Ledger) -> None:
@@ -126,64 +127,28 @@ def held(file: Path) -> Iterator[bool]:
 def make(ledger: Ledger, run: Run) -> None:
     """Trains and measures. Raises ValueError if a training ends with an error, SystemExit if it was told to stop."""
     # Heavy, and what only plans needs none of it.
-    import torch
     from safetensors.torch import save_file
 
-    from lavender_min.evaluation.models import load
     from lavender_min.ledger import measures
-    from lavender_min.tuning import runs as tuned_runs
-    from lavender_min.tuning.flags import ModelFlags
 
-    folder = ledger.out / "tuning" / run.digest
-    # Before the clock starts: drawing a scene takes longer than reading it again.
-    began = time.time()
+    folder, file, began = ledger.out / "tuning" / run.digest, ledger.file(run), time.time()
     trained = train(ledger, run, folder)
     trained_for = time.time() - began
-    numbers: dict[str, float] = {}
-    shown: dict[str, torch.Tensor] = {}
-    histograms: dict[str, list[int]] = {}
     store = stores.folder(ledger.out, run.mapped, "sd") if run.mapped else None
-
-    def add(found: measures.Measured, prefix: str = "") -> None:
-        numbers.update({prefix + name.partition("/")[2] if prefix else name: n for name, n in found.numbers.items()})
-        shown.update({prefix + name: maps for name, maps in found.shown.items()})
-        if not prefix:
-            histograms.update(found.histograms)
-
-    if run.kind == "maps":
-        sheet = measures.sheet_of(store, run.mapped, run.measured[run.mapped], run.part)
-        add(measures.of_store(run.maps, sheet, run.mapped))
-    else:
-        flags = (
-            tuned_runs.recall(trained) if trained else ModelFlags(vlm=str(planning.host_folder(run.host)), mode="lora")
-        )
-        loaded = load(flags, torch.float32, str(trained) if trained else None)
-        for split, scenes in run.measured.items():
-            if split == run.mapped:
-                add(measures.of_host(loaded, measures.sheet_of(store, split, scenes, run.part), split))
-            else:
-                numbers |= measures.answers(loaded, measures.examples_of(split, scenes, run.part), split)
-        del loaded
-        if run.curve:
-            sheet = measures.sheet_of(store, run.mapped, run.curve)
-            for number, checkpoint in enumerate(checkpoints(trained), 1):
-                loaded = load(flags, torch.float32, str(checkpoint))
-                add(measures.of_host(loaded, sheet, run.mapped), f"curve{number}/")
-                del loaded
-    file = ledger.file(run)
+    found = measures.of_run(run, store, trained)
     file.parent.mkdir(parents=True, exist_ok=True)
-    if shown:
-        aside = file.with_suffix(".tmp")
-        save_file({name: maps.half().contiguous() for name, maps in shown.items()}, aside)
+    aside = file.with_suffix(".tmp")
+    if found.shown:
+        save_file({name: maps.half().contiguous() for name, maps in found.shown.items()}, aside)
         os.replace(aside, file.with_suffix(".safetensors"))
     result = {
         "run": run._asdict(),
         "commit": commit(),
-        "measures": numbers,
-        "histograms": histograms,
+        "measures": found.numbers,
+        "histograms": found.histograms,
         "seconds": {"training": trained_for, "all": time.time() - began},
     }
-    aside = file.with_suffix(".tmp")
+    # The last file: with it the run is finished.
     aside.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(aside, file)
     shutil.rmtree(folder, ignore_errors=True)
@@ -214,11 +179,6 @@ def train(ledger: Ledger, run: Run, folder: Path) -> Path | None:
     if code:
         raise ValueError(f"{run.name}: the training ended with exit code {code}")
     return made[-1].folder
-
-
-def checkpoints(trained: Path | None) -> list[Path]:
-    found = [] if trained is None else list(trained.glob("checkpoint-*"))
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def commit() -> str:
