@@ -77,9 +77,9 @@ def test_runs_are_shared_and_take_the_time_that_was_given(setup, all_hosts):
     assert len({run.digest for run in runs}) == len(runs)
     alone = sum(len(plan.plan(setup, [claim], plan.first_trial(setup)).runs) for claim in declared.claims(setup))
     assert len(runs) < 0.6 * alone
-    assert sum(plan.seconds(setup, run) for run in runs) / 3600 / 2 < 4.5
+    assert sum(plan.seconds(setup, run) for run in runs) / 3600 / 2 < 4.2
     quick = declared.setup(quick=True)
-    assert sum(plan.seconds(quick, run) for run in whole(quick)) / 60 / 2 < 20
+    assert sum(plan.seconds(quick, run) for run in whole(quick)) / 60 / 2 < 15
 
 
 def test_a_run_is_known_by_what_decides_it(setup, all_hosts):
