@@ -54,7 +54,11 @@ def of_run(run: Run, store: Path | None, trained: Path | None) -> Measured:
         sheet = sheet_of(store, run.mapped, run.curve)
         for number, checkpoint in enumerate(checkpoints(trained), 1):
             parts.append(of_checkpoint(of_host(load(flags, checkpoint), sheet, run.mapped), f"curve{number}/"))
-    return Measured(*(merged([part[field] for part in parts]) for field in range(3)))
+    return Measured(
+        merged([part.numbers for part in parts]),
+        merged([part.histograms for part in parts]),
+        merged([part.shown for part in parts]),
+    )
 
 
 def merged(dicts: Sequence[dict[str, Any]]) -> Any:
