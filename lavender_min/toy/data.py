@@ -1,7 +1,8 @@
-"""Deals the toy world out as examples: three splits that share no scene, and the exact region of every word.
+"""Deals the toy world out as examples: splits that share no scene, and the exact region of every word.
 
-Pretraining is kept narrower than tuning (no relations, two kinds of question of five), so tuning has something to teach.
-An example's id, "tune-00012-color", is all it takes to make it again.
+Pretraining is kept narrower than tuning (no relations, two kinds of question of five), so tuning has something to teach. The
+crowded scenes of `scenes` are dealt out in splits of their own, whose names begin with "crowd". An example's id, such as
+"tune-00012-color", is all it takes to make it again; its first part says how the scene is drawn.
 """
 
 from functools import lru_cache, partial
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from lavender_min.data import Example, Region
-from lavender_min.toy import world
+from lavender_min.toy import scenes, world
 from lavender_min.toy.world import Line, Scene
 
 # Pixels of the pictures that both toy models were trained on.
@@ -19,6 +20,8 @@ SIDE = 128
 FIRST_SEED = {"pretrain": 0, "tune": 1_000_000, "heldout": 2_000_000}
 TUNING_SCENES = 512
 KINDS = ("caption", *world.QUESTIONS)
+# What a host was pretrained to answer. Asked again after tuning, it shows what has been forgotten.
+PRETRAINED = ("color", "exists")
 WORD_KINDS = {"shape": world.SHAPES, "color": tuple(world.COLORS), "size": tuple(world.SIZES)}
 
 
@@ -30,19 +33,51 @@ class Told(NamedTuple):
     answer: Line
 
 
+class Split(NamedTuple):
+    """Which examples a split holds: of each scene all those of `every`, and one of `turns`, its kinds in turn."""
+
+    # The first part of its ids.
+    drawn: str
+    every: tuple[str, ...] = ()
+    turns: tuple[str, ...] = ()
+    # None: TUNING_SCENES.
+    scenes: int | None = None
+
+
+CROWD_KINDS = tuple(scenes.QUESTIONS)
+SPLITS = {
+    "tune": Split("tune", ("caption",), tuple(world.QUESTIONS)),
+    "heldout": Split("heldout", KINDS),
+    "pretrained": Split("heldout", PRETRAINED),
+    "crowd": Split("crowd", turns=CROWD_KINDS),
+    # The first so many scenes of one row: a store of maps for the largest serves all.
+    **{f"crowd_{n}": Split("crowd", turns=CROWD_KINDS, scenes=n) for n in (64, 128, 256, 1024, 2048, 4096)},
+    **{name: Split(name, CROWD_KINDS, scenes=100) for name in scenes.CROWDS if name != "crowd"},
+}
+
+
 def make(example_id: str) -> Told:
     """What the id of an example stands for."""
-    split, number, kind = example_id.split("-")
-    scene = scene_of(FIRST_SEED[split] + int(number))
+    drawn, number, kind = example_id.split("-")
+    if drawn in scenes.CROWDS:
+        crowd = scenes.CROWDS[drawn]
+        scene = crowded(crowd, int(number))
+        return Told(scene, *scenes.ask(scene, crowd, kind))
+    scene = scene_of(FIRST_SEED[drawn] + int(number))
     rng = np.random.default_rng([scene.seed, 2 + KINDS.index(kind)])
     if kind != "caption":
         return Told(scene, *world.QUESTIONS[kind](scene, rng))
-    return Told(scene, Line("", []), world.listing(scene) if split == "pretrain" else world.relation(scene, rng))
+    return Told(scene, Line("", []), world.listing(scene) if drawn == "pretrain" else world.relation(scene, rng))
 
 
 @lru_cache(4096)
 def scene_of(seed: int) -> Scene:
     return world.make_scene(seed)
+
+
+@lru_cache(8192)
+def crowded(crowd: scenes.Crowd, number: int) -> Scene:
+    return scenes.make_scene(crowd, number)
 
 
 def picture(example_id: str) -> Image.Image:
@@ -63,16 +98,15 @@ def example(example_id: str) -> Example:
     )
 
 
-def load(split: str = "tune", scenes: int | None = None) -> list[Example]:
-    """`tune`: a caption and one question a scene, kinds in turn. `heldout`: a caption and all five questions a scene."""
-    if split not in ("tune", "heldout"):
-        raise ValueError(f"--split of the toy data is tune or heldout, got {split!r}")
-    n = TUNING_SCENES if scenes is None else scenes
-    asked = list(world.QUESTIONS)
+def load(split: str = "tune", count: int | None = None) -> list[Example]:
+    """The examples of a split (see `SPLITS`), of its first `count` scenes."""
+    if split not in SPLITS:
+        raise ValueError(f"--split of the toy data is one of {', '.join(SPLITS)}; got {split!r}")
+    drawn, every, turns, own_count = SPLITS[split]
     ids = []
-    for i in range(n):
-        kinds = asked if split == "heldout" else [asked[i % len(asked)]]
-        ids += [f"{split}-{i:05d}-{kind}" for kind in ("caption", *kinds)]
+    for i in range(count or own_count or TUNING_SCENES):
+        turn = [turns[i % len(turns)]] if turns else []
+        ids += [f"{drawn}-{i:05d}-{kind}" for kind in (*every, *turn)]
     return [example(i) for i in ids]
 
 

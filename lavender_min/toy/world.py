@@ -35,6 +35,8 @@ class Scene(NamedTuple):
     # From back to front.
     things: tuple[Thing, ...]
     seed: int
+    # One of BACKGROUNDS.
+    background: str = "waves"
 
 
 class Mention(NamedTuple):
@@ -116,15 +118,31 @@ def visible_masks(scene: Scene, side: int) -> np.ndarray:
     return masks
 
 
-def render(scene: Scene, side: int) -> Image.Image:
-    """The scene as an RGB picture of side × side pixels, edges anti-aliased, on a lightly textured background."""
-    rng = np.random.default_rng([scene.seed, 1])
+def waves(rng: np.random.Generator, side: int) -> np.ndarray:
+    """[side, side, 3]: a grey with a few faint plane waves, the same at any size of the picture."""
     at = (np.arange(side) + 0.5) / side
     canvas = np.broadcast_to(rng.uniform(0.3, 0.6) + rng.uniform(-0.08, 0.08, 3), (side, side, 3)).copy()
-    # The background's texture: a few faint plane waves, the same at any size of the picture.
     for _ in range(4):
         (fx, fy), phase, tint = rng.uniform(-6, 6, 2), rng.uniform(0, 6.28), rng.uniform(-0.025, 0.025, 3)
         canvas += np.sin(6.28 * (fx * at[None, :] + fy * at[:, None]) + phase)[..., None] * tint
+    return canvas
+
+
+def checks(rng: np.random.Generator, side: int) -> np.ndarray:
+    """[side, side, 3]: a dark and a light grey in turn, on a board of 5 to 8 fields a side."""
+    at = (np.arange(side) + 0.5) / side
+    field = (at * rng.integers(5, 9)).astype(int)
+    dark = (field[None, :] + field[:, None]) % 2
+    grey = rng.uniform(0.3, 0.6) + rng.uniform(-0.08, 0.08, 3)
+    return grey + np.where(dark, -0.1, 0.1)[..., None]
+
+
+BACKGROUNDS = {"waves": waves, "checks": checks}
+
+
+def render(scene: Scene, side: int) -> Image.Image:
+    """The scene as an RGB picture of side × side pixels, edges anti-aliased."""
+    canvas = BACKGROUNDS[scene.background](np.random.default_rng([scene.seed, 1]), side)
     for thing in scene.things:
         cover = np.clip(0.5 - outline(thing, side) * side, 0, 1)[..., None]
         canvas += cover * (np.array(COLORS[thing.color]) - canvas)

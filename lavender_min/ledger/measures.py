@@ -1,0 +1,143 @@
+"""What is measured of a run.
+
+Numbers are named "split/measure.kind", as "crowd_test/answers.all"; those of the second checkpoint "curve2/…".
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lavender_min import data
+from lavender_min.data import Example
+from lavender_min.evaluation import figures, metrics, models
+from lavender_min.evaluation.names import Numbers
+from lavender_min.evaluation.sheet import Sheet, first_pictures, make_sheet, picture_of
+from lavender_min.ledger.plan import Run, host_folder
+from lavender_min.maps import MAX_ENTROPY, MapStore, entropy
+from lavender_min.tuning import runs
+from lavender_min.tuning.flags import ModelFlags
+
+BATCH = 50
+BINS = 24
+# Of the ideal attention, this share lies evenly over the whole picture: outside of a mask it must not be 0, or KL is infinite.
+ELSEWHERE = 0.01
+
+
+class Measured(NamedTuple):
+    numbers: Numbers
+    # How many words have an entropy in each of BINS equal parts of 0 … MAX_ENTROPY, by kind of map.
+    histograms: dict[str, list[int]]
+    # The maps of the words that are shown (`figures.choose`), by kind.
+    shown: dict[str, Float[Tensor, "m g g"]]
+
+
+def of_run(run: Run, store: Path | None, trained: Path | None) -> Measured:
+    """All that is measured of a run: at its end on every split, and on a few scenes at each of its checkpoints.
+
+    `store` holds Stable Diffusion's maps of the split whose maps are read, `trained` is the folder that the training left.
+    """
+    if run.kind == "maps":
+        return of_store(run.maps, sheet_of(store, run.mapped, run.measured[run.mapped], run.part), run.mapped)
+    flags = runs.recall(trained) if trained else ModelFlags(vlm=str(host_folder(run.host)))
+    loaded = load(flags, trained)
+    parts = []
+    for split, scenes in run.measured.items():
+        if split == run.mapped:
+            parts.append(of_host(loaded, sheet_of(store, split, scenes, run.part), split))
+        else:
+            parts.append(Measured(answers(loaded, examples_of(split, scenes, run.part), split), {}, {}))
+    if run.curve:
+        sheet = sheet_of(store, run.mapped, run.curve)
+        for number, checkpoint in enumerate(checkpoints(trained), 1):
+            parts.append(of_checkpoint(of_host(load(flags, checkpoint), sheet, run.mapped), f"curve{number}/"))
+    return Measured(
+        merged([part.numbers for part in parts]),
+        merged([part.histograms for part in parts]),
+        merged([part.shown for part in parts]),
+    )
+
+
+def merged(dicts: Sequence[dict[str, Any]]) -> Any:
+    return {name: value for one in dicts for name, value in one.items()}
+
+
+def load(flags: ModelFlags, trained: Path | None) -> models.Loaded:
+    return models.load(flags, torch.float32, None if trained is None else str(trained))
+
+
+def checkpoints(trained: Path | None) -> list[Path]:
+    found = [] if trained is None else list(trained.glob("checkpoint-*"))
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def of_checkpoint(found: Measured, name: str) -> Measured:
+    """Under the checkpoint's name in place of the split's; without histograms."""
+    numbers = {name + key.partition("/")[2]: value for key, value in found.numbers.items()}
+    return Measured(numbers, {}, {name + kind: maps for kind, maps in found.shown.items()})
+
+
+def part_of(examples: list[Example], number: int, parts: int) -> list[Example]:
+    """Every `parts`-th picture's examples, from picture `number` on."""
+    pictures = list(dict.fromkeys(map(picture_of, examples)))
+    chosen = set(pictures[number::parts])
+    return [example for example in examples if picture_of(example) in chosen]
+
+
+def examples_of(split: str, scenes: int, part: tuple[int, int] = (0, 1)) -> list[Example]:
+    return part_of(first_pictures(data.load("toy", split=split), scenes), *part)
+
+
+def sheet_of(store: Path | None, split: str, scenes: int, part: tuple[int, int] = (0, 1)) -> Sheet:
+    """Raises ValueError if there is no store."""
+    if store is None:
+        raise ValueError(f"the maps of {split} are read, and there is no store of them")
+    return make_sheet(examples_of(split, scenes, part), MapStore(store))
+
+
+def kl(maps: Float[Tensor, "m g g"], masks: Bool[Tensor, "m g g"]) -> Float[Tensor, " m"]:
+    """KL(p ‖ p*) in nats (appendix B.4, Eq. 24 and 25): how far each map is from attention spread evenly over its mask.
+
+    p* is known here: (1 − ELSEWHERE) of it lies evenly in the mask, ELSEWHERE evenly over the picture.
+    """
+    cells = maps[0].numel()
+    p = maps.flatten(1) / maps.flatten(1).sum(1, keepdim=True).clamp(min=1e-30)
+    inside = masks.flatten(1).float()
+    ideal = (1 - ELSEWHERE) * inside / inside.sum(1, keepdim=True) + ELSEWHERE / cells
+    return (torch.special.xlogy(p, p) - p * ideal.log()).sum(1)
+
+
+def of_maps(maps: Float[Tensor, "m g g"], sheet: Sheet) -> Numbers:
+    return metrics.map_numbers(maps, sheet) | metrics.by_kind("kl", kl(maps, sheet.masks), sheet)
+
+
+def histogram(maps: Float[Tensor, "m g g"]) -> list[int]:
+    return torch.histc(entropy(maps), BINS, 0, MAX_ENTROPY).int().tolist()
+
+
+def of_store(kind: str, sheet: Sheet, split: str) -> Measured:
+    """Stable Diffusion's maps, or the masks themselves, measured as a host's maps are."""
+    maps = sheet.masks.float() if kind == "masks" else sheet.maps
+    numbers = {f"{split}/{name}": value for name, value in of_maps(maps, sheet).items()}
+    return Measured(numbers, {kind: histogram(maps)}, {kind: maps[figures.choose(sheet)]})
+
+
+def of_host(loaded: models.Loaded, sheet: Sheet, split: str) -> Measured:
+    """Maps, own and through the Aligner, and the answers to the sheet's questions."""
+    maps = models.read_maps(loaded.model, models.collator(loaded, "whole"), sheet, BATCH)
+    numbers = of_maps(maps["own"], sheet)
+    if "aligned" in maps:
+        numbers |= {f"aligned.{name}": value for name, value in of_maps(maps["aligned"], sheet).items()}
+    found = {f"{split}/{name}": value for name, value in numbers.items()} | answers(loaded, sheet.examples, split)
+    histograms = {name: histogram(of) for name, of in maps.items()}
+    chosen = figures.choose(sheet)
+    return Measured(found, histograms, {name: of[chosen] for name, of in maps.items()})
+
+
+def answers(loaded: models.Loaded, examples: list[Example], split: str) -> Numbers:
+    questions = [example for example in examples if example.question]
+    replies = models.answer(loaded.model, loaded.processor, questions, BATCH)
+    return {f"{split}/{name}": value for name, value in metrics.answer_numbers(questions, replies).items()}

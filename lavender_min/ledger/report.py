@@ -1,0 +1,184 @@
+"""docs/claims.md: what was claimed, what came out, and the verdict. What stands outside of two marks there is left alone."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lavender_min.evaluation.intervals import interval
+from lavender_min.evaluation.names import MEASURES, SPELLED, Measure
+from lavender_min.evaluation.tables import table
+from lavender_min.ledger import figures, verdicts
+from lavender_min.ledger.declared import Claim
+from lavender_min.ledger.plan import best_of, is_there
+from lavender_min.ledger.runs import Ledger
+from lavender_min.ledger.verdicts import Contrast, Verdict
+
+BEGIN, END = "<!-- ledger: written by python -m lavender_min.ledger report -->", "<!-- ledger: end -->"
+KL = Measure("KL to the mask", "nats", 1, 3, -1)
+# Where a number is printed by itself: the split's name as readers see it.
+SPLITS = {
+    "crowd_test": "",
+    "crowd_pairs": "new pairs",
+    "crowd_more": "more things",
+    "crowd_words": "other words",
+    "crowd_ground": "other background",
+    "pretrained": "what was pretrained",
+}
+
+
+class Judged(NamedTuple):
+    contrast: Contrast
+    # By host; None where runs are missing.
+    by_host: dict[str, Verdict | None]
+
+
+def write(ledger: Ledger, page: Path) -> None:
+    """The page and the figures; says where they are."""
+    drawn = figures.draw_all(ledger, page.parent / "claims")
+    text = page.read_text(encoding="utf-8") if page.exists() else f"# Claims\n\n{BEGIN}\n{END}\n"
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{page} must hold the lines {BEGIN!r} and {END!r}, between which the ledger writes")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(f"{before}{BEGIN}\n\n{generated(ledger, drawn)}\n\n{END}{after}", encoding="utf-8")
+    print(f"{page} and {len(drawn)} figures beside it are written")
+
+
+def judged(ledger: Ledger, claim: Claim) -> list[Judged]:
+    rows = []
+    for contrast in claim.contrasts:
+        by_host: dict[str, Verdict | None] = {}
+        for host in filter(is_there, claim.hosts):
+            found = ledger.numbers(host, claim.needed)
+            there = set(found) >= {*contrast.plus, *contrast.minus}
+            by_host[host] = verdicts.judge(contrast, found) if there else None
+        rows.append(Judged(contrast, by_host))
+    return rows
+
+
+def verdict_of(claim: Claim, rows: list[Judged]) -> str:
+    """Of the whole claim; "not run" as long as a run is missing."""
+    if claim.needs:
+        return "cannot be run here"
+    found = [verdict for row in rows for verdict in row.by_host.values()]
+    complete = [verdict for verdict in found if verdict is not None]
+    return verdicts.together(complete) if found and len(complete) == len(found) else "not run"
+
+
+# ------------------------------------------------------------------------------------------------------------ text
+
+
+def generated(ledger: Ledger, drawn: list[Path]) -> str:
+    rows = {claim.number: judged(ledger, claim) for claim in ledger.claims}
+    words = {claim.number: verdict_of(claim, rows[claim.number]) for claim in ledger.claims}
+    overview = [[f"{claim.number}. {claim.title}", claim.paper, words[claim.number]] for claim in ledger.claims]
+    parts = [
+        "## The verdicts",
+        f"Written by `ledger/report.py` from the runs; nobody edits a verdict. An effect is a mean over {len(ledger.setup.seeds)} "
+        "seeds ± half its 95 % interval, of pairs of runs that share the seed. *Holds*: the interval lies above 0, in favour of "
+        "the claim. *Does not hold*: it lies below the smallest effect that was declared to matter. *Not clear*: all else.",
+        table(["claim", "what of the paper it answers", "verdict"], overview),
+        about(ledger),
+        *(section(ledger, claim, rows[claim.number], words[claim.number]) for claim in ledger.claims),
+    ]
+    if drawn:
+        parts += ["## Figures", *(f"![{file.stem}](claims/{file.name})" for file in drawn)]
+    return "\n\n".join(parts)
+
+
+def about(ledger: Ledger) -> str:
+    """Commits, seeds, hosts, and what was chosen."""
+    runs = [result for run in ledger.known_plan().runs.values() if (result := ledger.result(run))]
+    commits = sorted({result["commit"] for result in runs})
+    hours = sum(result["seconds"]["all"] for result in runs) / 3600
+    lines = [
+        f"{len(runs)} of {len(ledger.whole_plan().runs)} runs, {hours:.1f} hours of one core, "
+        f"commit {', '.join(commits) or '–'}; seeds {', '.join(map(str, ledger.setup.seeds))}."
+    ]
+    best = best_of(ledger.setup, ledger.result)
+    for host, kind in ledger.setup.hosts.items():
+        if not is_there(host):
+            lines.append(f"The host `{host}` ({kind}) does not ship yet, so nothing was run on it.")
+            continue
+        chosen = {name: best(name, host) for name in ledger.setup.choices}
+        said = [f"{ledger.setup.choices[name].about}: {spelled(flags)}" for name, flags in chosen.items() if flags]
+        if said:
+            lines.append(f"Chosen on {next(iter(ledger.setup.validation))} for `{host}`: " + "; ".join(said) + ".")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def spelled(flags: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in flags.items())
+
+
+def section(ledger: Ledger, claim: Claim, rows: list[Judged], word: str) -> str:
+    parts = [
+        f"### {claim.number}. {claim.title}",
+        f"{claim.paper}. **{word[0].upper()}{word[1:]}.** {claim.note}".strip(),
+    ]
+    if claim.needs:
+        return "\n\n".join([*parts, f"It would need {claim.needs}."])
+    hosts = [host for host in claim.hosts if is_there(host)]
+    effects = [[row.contrast.what, *(effect(row.contrast, row.by_host[host]) for host in hosts)] for row in rows]
+    parts.append(table(["what would count, by how much", *hosts], effects))
+    for host in hosts:
+        found = ledger.numbers(host, claim.needed)
+        if found:
+            parts += [arms_table(ledger, claim, host, found), bound(claim, host, found)]
+    return "\n\n".join(filter(None, parts))
+
+
+def effect(contrast: Contrast, verdict: Verdict | None) -> str:
+    if verdict is None:
+        return "not run"
+    scale = 1.0 if contrast.of == "correlation" else measure_of(contrast.measures[0]).scale
+    mean, half = (value if value is None else value * scale for value in verdict.effect)
+    return f"{mean:+.3g}{'' if half is None else f' ± {half:.2g}'} (matters from {contrast.margin * scale:g}): {verdict.word}"
+
+
+def measure_of(name: str) -> Measure:
+    measure = name.partition("/")[2].removeprefix("aligned.").partition(".")[0]
+    return KL if measure == "kl" else MEASURES[measure]
+
+
+def heading(name: str) -> str:
+    split, _, rest = name.partition("/")
+    aligned, of = rest.startswith("aligned."), rest.removeprefix("aligned.").partition(".")[2]
+    measure = measure_of(name)
+    title = f"{measure.title}{' ratio' if of == 'ratio' else ''}{', ' + measure.unit if measure.unit else ''}"
+    notes = [
+        SPLITS.get(split, split),
+        "through the Aligner" if aligned else "",
+        "" if of in ("all", "ratio") else SPELLED.get(of, of),
+    ]
+    said = ", ".join(filter(None, notes))
+    return f"{title} ({said})" if said else title
+
+
+def arms_table(ledger: Ledger, claim: Claim, host: str, found: dict[str, list[dict[str, float]]]) -> str:
+    rows = []
+    for arm in claim.needed:
+        if arm in found:
+            cells = [cell(name, [run[name] for run in found[arm] if name in run]) for name in claim.shown]
+            rows.append([ledger.setup.arms[arm].about, *cells])
+    return table([f"{host}", *map(heading, claim.shown)], rows)
+
+
+def cell(name: str, values: list[float]) -> str:
+    if not values:
+        return "–"
+    scale, digits = measure_of(name).scale, 1 if measure_of(name).scale == 100 else 3
+    mean, half = interval(values)
+    return f"{mean * scale:.{digits}f}" + ("" if half is None else f" ± {half * scale:.{digits}f}")
+
+
+def bound(claim: Claim, host: str, found: dict[str, list[dict[str, float]]]) -> str:
+    """A sentence where even exact masks gain nothing in the first measure that is shown: no teacher could."""
+    name = claim.shown[0]
+    if claim.oracle not in found or claim.plain not in found or not measure_of(name).better:
+        return ""
+    contrast = Contrast("", [claim.oracle], [claim.plain], [name], 1 if measure_of(name).better > 0 else -1)
+    gain = verdicts.judge(contrast, found)
+    if gain.word == verdicts.HOLDS:
+        return ""
+    return f"Even exact masks gain nothing that is sure here on `{host}` in {heading(name)}, so no teacher could."

@@ -1,0 +1,207 @@
+"""The runs: each is trained, measured, written down as one file, and its weights are thrown away.
+
+    OUT/results/<digest>.json          what came out, and what it came from
+    OUT/results/<digest>.safetensors   the maps of a few words, for the figures
+    OUT/tuning/<digest>                a run that is at work, or was stopped: train.py goes on with it
+    OUT/locks/<digest>.lock            who works on it
+
+A result is written aside and renamed, so it is whole or not there. Any number of processes, started whenever, share a folder:
+a run belongs to whoever holds its lock, which ends with the process, however that ends.
+"""
+
+import fcntl
+import gc
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lavender_min.failing import read_json, say
+from lavender_min.ledger import plan as planning
+from lavender_min.ledger import stores
+from lavender_min.ledger.declared import Claim, Setup
+from lavender_min.ledger.plan import Run
+
+# Seconds between looks, while what is missing is at work in another process.
+PATIENCE = 5
+# Of the package: which code made a result.
+ROOT = Path(__file__).parents[2]
+
+
+class Ledger(NamedTuple):
+    out: Path
+    setup: Setup
+    claims: Sequence[Claim]
+
+    def file(self, run: Run) -> Path:
+        return self.out / "results" / f"{run.digest}.json"
+
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """What a finished run left; None as long as it is not finished."""
+        return read_json(self.file(run), dict) if self.file(run).exists() else None
+
+    def files(self, host: str, arms: Sequence[str]) -> dict[str, list[Path]]:
+        """The results of each arm, by seed. An arm of which one is missing is left out."""
+        best, found = planning.best_of(self.setup, self.result), dict[str, list[Path]]()
+        for arm in arms:
+            choice = self.setup.arms[arm].choice
+            chosen = best(choice, host) if choice else {}
+            if chosen is not None:
+                of = [self.file(planning.run_of(self.setup, arm, host, seed, chosen)) for seed in self.setup.seeds]
+                if all(file.exists() for file in of):
+                    found[arm] = of
+        return found
+
+    def numbers(self, host: str, arms: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+        """The measures of each arm, by seed."""
+        found = self.files(host, arms)
+        return {arm: [read_json(file, dict)["measures"] for file in of] for arm, of in found.items()}
+
+    def known_plan(self) -> planning.Plan:
+        return planning.plan(self.setup, self.claims, planning.best_of(self.setup, self.result))
+
+    def whole_plan(self) -> planning.Plan:
+        """With the first trials in place of choices that are not made yet."""
+        best, first = planning.best_of(self.setup, self.result), planning.first_trial(self.setup)
+        return planning.plan(self.setup, self.claims, lambda choice, host: best(choice, host) or first(choice, host))
+
+
+def forecast(ledger: Ledger, processes: int) -> str:
+    """How many runs are missing, and how long they take by the declared pace."""
+    runs = ledger.whole_plan().runs.values()
+    left = [run for run in runs if not ledger.file(run).exists()]
+    hours = sum(planning.seconds(ledger.setup, run) for run in left) / 3600
+    shared = f", {hours / processes:.1f} in {processes} processes" if processes > 1 else ""
+    return f"{len(left)} of {len(runs)} runs are to be made, about {hours:.1f} hours of one core{shared}"
+
+
+def work(ledger: Ledger) -> None:
+    """Makes what is missing and no other process is at work on, until nothing is left."""
+    while True:
+        current = ledger.known_plan()
+        missing = [run for run in current.runs.values() if not ledger.file(run).exists()]
+        if not missing and not current.waiting:
+            return
+        if not any([take(ledger, run) for run in missing]):
+            time.sleep(PATIENCE)
+
+
+def take(ledger: Ledger, run: Run) -> bool:
+    """Makes one run, unless it is made or another process is at work on it; whether it did."""
+    with held(ledger.out / "locks" / f"{run.digest}.lock") as mine:
+        # Another process may have finished it a moment ago.
+        if not mine or ledger.file(run).exists():
+            return False
+        began = time.time()
+        make(ledger, run)
+    result = ledger.result(run) or {}
+    right = [value for name, value in result["measures"].items() if name.endswith("/answers.all")]
+    shown = f", {100 * right[0]:.1f} % of the answers right" if right else ""
+    say(f"{run.name}: {time.time() - began:.0f} s{shown}; {forecast(ledger, 1)}")
+    return True
+
+
+@contextmanager
+def held(file: Path) -> Iterator[bool]:
+    """Whether the lock could be had. Who has it stands in the file, for people."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        handle.flush()
+        yield True
+
+
+def make(ledger: Ledger, run: Run) -> None:
+    """Trains and measures. Raises ValueError if a training ends with an error, SystemExit if it was told to stop."""
+    # Heavy, and what only plans needs none of it.
+    from safetensors.torch import save_file
+
+    from lavender_min.ledger import measures
+
+    folder, file, began = ledger.out / "tuning" / run.digest, ledger.file(run), time.time()
+    trained = train(ledger, run, folder)
+    trained_for = time.time() - began
+    store = stores.folder(ledger.out, run.mapped, "sd") if run.mapped else None
+    found = measures.of_run(run, store, trained)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".tmp")
+    if found.shown:
+        save_file({name: maps.half().contiguous() for name, maps in found.shown.items()}, aside)
+        os.replace(aside, file.with_suffix(".safetensors"))
+    result = {
+        "run": run._asdict(),
+        "commit": commit(),
+        "measures": found.numbers,
+        "histograms": found.histograms,
+        "seconds": {"training": trained_for, "all": time.time() - began},
+    }
+    # The last file: with it the run is finished.
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(aside, file)
+    shutil.rmtree(folder, ignore_errors=True)
+    gc.collect()
+
+
+def train(ledger: Ledger, run: Run, folder: Path) -> Path | None:
+    """The folder of the last stage; None for what is not trained."""
+    from lavender_min.tuning import command, stages
+
+    made: list[stages.Stage] = []
+    for number, own in enumerate(run.stages, 1):
+        into = folder / str(number)
+        values = own | {
+            "data": ["toy"] * len(stores.listed(own["split"])),
+            "maps": [str(stores.folder(ledger.out, split, run.maps)) for split in stores.listed(own["split"])],
+            "vlm": str(stages.result(made[-1]) if made else planning.host_folder(run.host)),
+            "seed": run.seed,
+            "output_dir": str(into),
+        }
+        argv = [word for pair in values.items() for word in stages.as_flag(*pair)]
+        made.append(stages.Stage(f"{run.name}, stage {number}", into, argv))
+    if not made:
+        return None
+    code = stages.run(made) if len(made) > 1 else command.train(made[0].argv)
+    if code > 128:
+        raise SystemExit(code)
+    if code:
+        raise ValueError(f"{run.name}: the training ended with exit code {code}")
+    return made[-1].folder
+
+
+def commit() -> str:
+    """Which code made a result; "" outside of a repository."""
+    done = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def run_all(ledger: Ledger, processes: int, argv: Sequence[str]) -> int:
+    """Makes the stores, then the runs, in so many processes; `argv` starts one of them. The exit code."""
+    say(forecast(ledger, processes))
+    runs = list(ledger.whole_plan().runs.values())
+    for one in stores.wanted([run for run in runs if not ledger.file(run).exists()]):
+        stores.make(ledger.out, one)
+    if processes == 1:
+        work(ledger)
+        return 0
+    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    words = [sys.executable, "-m", "lavender_min.ledger", *argv, "--processes=1"]
+    workers = [subprocess.Popen(words, env=env) for _ in range(processes)]
+    try:
+        return max(worker.wait() for worker in workers)
+    except BaseException:
+        for worker in workers:
+            worker.terminate()
+        raise
