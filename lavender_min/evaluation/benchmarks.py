@@ -120,9 +120,11 @@ def run_model(
     note.write_text(json.dumps(asked) + "\n")
     weights = folder / "exported"
     if not weights.exists():
-        full = model.run is not None and export.base_of(Path(model.run)) == model.run
-        base, adapter = (model.run, None) if full else (model.vlm, model.run)
-        export.write(str(base), adapter, weights)
+        base, adapter = model.vlm, model.run
+        if model.run is not None and export.base_of(Path(model.run)) == model.run:
+            # Every weight was tuned, so the run is a host of its own.
+            base, adapter = model.run, None
+        export.write(base, adapter, weights)
         complete(weights, model_type)
     for task in missing:
         run_task(task, weights, folder, start, more)
