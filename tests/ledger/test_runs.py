@@ -209,9 +209,9 @@ def test_the_page_says_what_came_out(ledger, monkeypatch, tmp_path, capsys):
     text = page.read_text()
     assert text.startswith("# Mine\n") and text.endswith("## Kept\n") and "yesterday" not in text
     # Lavender is 10 points above plain at both seeds, and 1 nat in KL.
-    assert re.search(r"\| answers +\| \+10 ± \S+ \(matters from 0\): holds", text)
-    assert re.search(r"\| KL +\| \+1 ± \S+ \(matters from 0\): holds", text)
-    assert "| Figure 10 | " in text and "holds" in text and "commit abc" in text
+    assert re.search(r"\| answers +\| +\+10 ± \S+ \(matters from 0\): holds", text)
+    assert re.search(r"\| KL +\| +\+1 ± \S+ \(matters from 0\): holds", text)
+    assert re.search(r"\| +Figure 10 \| +holds \|", text) and "commit abc" in text
     assert "`lost` (decoder) does not ship yet" in text
     assert "Even exact masks gain nothing that is sure here on `tiny`" in text
     report.write(ledger, page)
