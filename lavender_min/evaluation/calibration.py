@@ -90,13 +90,13 @@ def report(flags: Flags) -> None:
 
 
 def draw(path: Path, found: dict[str, Calibration]) -> None:
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, one in found.items():
         axes.plot(range(1, FIFTHS + 1), [100 * s for s in one.by_fifth], marker="o", label=f"{name}, AUC {one.auc:.2f}")
     axes.set(xlabel="fifth of the words, by contrast", ylabel="maps that point right, %", ylim=(0, 100))
     axes.set_xticks(range(1, FIFTHS + 1))
-    axes.legend()
+    figure.legend(loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 

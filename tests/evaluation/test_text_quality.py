@@ -143,8 +143,8 @@ def test_a_share_names_what_training_held_out_and_errors_are_one_line(tmp_path, 
     for argv, message in (
         (["--text", "1.5"], "--text must be a split, or a share above 0 and below 1; got 1.5"),
         (["--text", "val", "--seeds", "2"], "--text compares finished runs"),
-        (["--data_root", "x"], "--data_root is for --text"),
-        (["--text", "nowhere"], "--split of the toy data is tune or heldout, got 'nowhere'"),
+        (["--data_root", "x"], "--data toy takes no --data_root"),
+        (["--text", "nowhere"], "--split of the toy data is "),
     ):
         assert command.main([*argv, "--out", str(tmp_path)]) == 2
         err = capsys.readouterr().err.strip()

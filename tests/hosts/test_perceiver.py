@@ -96,7 +96,7 @@ def test_it_is_tuned_and_exported(folders, store_folder, tmp_path, mode):
     argv = [
         "--data", "toy", "--vlm", str(name), "--maps", store_folder, "--limit", "8", f"--{mode}", "--match", "all",
         "--output_dir", str(run), "--max_steps", "2", "--per_device_train_batch_size", "2", "--disable_tqdm", "true",
-        "--lora_dropout", "0", "--gradient_checkpointing", "--learning_rate", "1e-2",
+        *([] if mode == "full" else ["--lora_dropout", "0"]), "--gradient_checkpointing", "--learning_rate", "1e-2",
     ]  # fmt: skip
     assert command.main(argv) == 0
     assert export.main([str(run), str(tmp_path / "exported")]) == 0

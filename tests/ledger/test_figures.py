@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_runs import fill
+from test_ledger_runs import fill
 
 from lavender_min import data
 from lavender_min.evaluation import figures as shared

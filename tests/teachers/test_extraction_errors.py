@@ -46,7 +46,7 @@ def test_flickr30k_by_its_defaults_ends_in_one_line(tmp_path):
     "arguments, message",
     [
         ([], "the following arguments are required: --data"),
-        (["--data", "coco"], "invalid choice: 'coco'"),
+        (["--data", "imagenet"], "invalid choice: 'imagenet'"),
         (["--data", "toy", "--data_root", "x"], "--data toy takes no --data_root"),
         (["--data", "toy", "--batch_size", "0"], "--batch_size must be a whole number of at least 1, or auto; got '0'"),
         (["--data", "toy", "--batch_size", "many"], "--batch_size must be a whole number of at least 1, or auto"),
