@@ -1,5 +1,5 @@
 #!/bin/sh
-# The demo's comparison over three seeds, for the default and for alignment without networks: README, "Three seeds".
+# The demo's comparison over three seeds, for the default and for alignment without networks (trust.sh has five of the latter).
 # A quarter of an hour on 2 cores. Stopped or killed, it goes on where it was. `make seeds` runs it.
 set -eu
 cd "$(dirname "$0")/.."
