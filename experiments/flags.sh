@@ -1,4 +1,4 @@
-# What demo.sh and seeds.sh share: the flags of the toy experiments. Both source this file; it runs nothing.
+# What the toy experiments share: their flags. The scripts here source this file; it runs nothing.
 
 # One pass over the picture with noise of time step 151; only the layers of 16 × 16 pixels are read. On the tuning scenes no
 # recipe finds words clearly better (lavender_min/toy/README.md).

@@ -13,7 +13,7 @@ OUT=${OUT:-runs/trust}
 python extract.py --data toy $MAPS
 calibrated="maps/toy"
 for recipe in noise invert paper null-text; do
-    # Null-text takes a second a picture: a quarter of the scenes will do.
+    # Null-text takes a second a picture: a quarter of the texts will do.
     limit=$([ $recipe = null-text ] && echo 256 || echo 1024)
     for layers in all 16; do
         maps=maps/toy-$recipe-$layers
