@@ -25,7 +25,7 @@ from lavender_min.evaluation.benchmark_names import PAPER, VIDEO_PARTS, named, w
 from lavender_min.evaluation.benchmark_report import Scores, read_scores
 from lavender_min.evaluation.compare import recall_all
 from lavender_min.evaluation.flags import Flags, split_flags
-from lavender_min.evaluation.names import UNTUNED
+from lavender_min.evaluation.names import UNTUNED, settings
 from lavender_min.failing import naming, read_json, say
 from lavender_min.tuning import export
 
@@ -74,6 +74,10 @@ def benchmark(flags: Flags, command: str) -> None:
 def models_of(flags: Flags) -> list[Model]:
     """The untuned host and the finished runs, which must have tuned the same host."""
     finished = recall_all(flags.plain, flags.lavender)
+    if len(found := settings({run.report.name for run in finished})) > 1:
+        raise ValueError(
+            f"--benchmarks compares one setting of Lavender with plain tuning; got {', '.join(sorted(found))}"
+        )
     hosts = [run.flags.vlm for run in finished] or [data.SOURCES[flags.data].vlm]
     for run in finished:
         if run.flags.vlm != hosts[0]:

@@ -9,7 +9,7 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,7 +184,18 @@ def recall(name: str, folder: str) -> Finished:
 
 
 def recall_all(plain: list[str], lavender: list[str]) -> list[Finished]:
-    return [recall(PLAIN, folder) for folder in plain] + [recall(LAVENDER, folder) for folder in lavender]
+    return [recall(PLAIN, folder) for folder in plain] + by_setting([recall(LAVENDER, folder) for folder in lavender])
+
+
+def by_setting(finished: list[Finished]) -> list[Finished]:
+    """Runs of several settings are told apart by the flags in which they differ, where these are not at their default."""
+    differing = [field for field in fields(ModelFlags) if len({getattr(run.flags, field.name) for run in finished}) > 1]
+    named = []
+    for run in finished:
+        said = {field.name: getattr(run.flags, field.name) for field in differing}
+        words = [f"--{f.name} {said[f.name]}" for f in differing if said[f.name] != f.default]
+        named.append(run._replace(report=run.report._replace(name=" ".join([LAVENDER, *words]))))
+    return named
 
 
 def base_of(finished: list[Finished]) -> ModelFlags | None:
@@ -236,7 +247,7 @@ def measure_all(base: ModelFlags, finished: list[Finished], sheet: Sheet, frame:
         numbers.setdefault(name, []).append(found["own"])
         shown.setdefault(name, maps["own"])
         if "aligned" in found:
-            numbers.setdefault(ALIGNED, []).append(found["aligned"])
+            numbers.setdefault(name + ALIGNED, []).append(found["aligned"])
     return Measured(numbers, shown)
 
 

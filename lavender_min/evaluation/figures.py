@@ -14,12 +14,14 @@ from torch import Tensor
 
 from lavender_min import draw, page
 from lavender_min.evaluation.metrics import mass_inside, pointing
-from lavender_min.evaluation.names import COLORS, LAVENDER, PLAIN, SD, spell
+from lavender_min.evaluation.names import COLORS, LAVENDER, PLAIN, SD, settings, spell
 from lavender_min.evaluation.report import Run
 from lavender_min.evaluation.sheet import Sheet
 from lavender_min.geometry import contrast
 from lavender_min.maps import entropy
 
+# Of the curves of several settings.
+SETTINGS = (COLORS[LAVENDER], "#2f8f83", "#b2487a", "#5b6b7f")
 # A page of so many pictures stays below 5 MB.
 PAGE_PICTURES = 24
 ABOUT = (
@@ -66,7 +68,7 @@ def draw_maps(path: Path, sheet: Sheet, chosen: list[int], maps: dict[str, Float
             centres = (np.arange(side) + 0.5) / side
             axis.contour(centres, centres, sheet.masks[i].numpy(), [0.5], colors="white", linewidths=0.9)
             if number == 0:
-                axis.set_title(name, fontsize=9, color=COLORS.get(name, "black"))
+                axis.set_title("\n".join(textwrap.wrap(name, 24)), fontsize=9, color=COLORS.get(name, "black"))
         row[0].set(xticks=[], yticks=[])
         row[0].spines[:].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -120,10 +122,10 @@ def draw_curves(path: Path, runs: list[Run]) -> bool:
     figure = Figure(figsize=(4.6 * len(logged), 3.1), layout="constrained")
     axes = figure.subplots(1, len(logged), squeeze=False)[0]
     for axis, name in zip(axes, logged, strict=True):
-        for kind in (PLAIN, LAVENDER):
+        for kind in dict.fromkeys(run.name for run in runs):
             lines = [{int(entry["step"]): entry[name] for entry in run.history if name in entry}
                      for run in runs if run.name == kind]  # fmt: skip
-            draw_losses(axis, kind, [line for line in lines if line])
+            draw_losses(axis, kind, color_of(kind, runs), [line for line in lines if line])
         axis.set_xlabel("step")
         axis.set_title(titles[name], fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
@@ -135,15 +137,21 @@ def draw_curves(path: Path, runs: list[Run]) -> bool:
     return True
 
 
-def draw_losses(axis: Axes, kind: str, lines: list[dict[int, float]]) -> None:
+def color_of(kind: str, runs: list[Run]) -> str:
+    """Its own, and of several settings of Lavender one each."""
+    kinds = settings(dict.fromkeys(run.name for run in runs))
+    return COLORS[PLAIN] if kind == PLAIN else SETTINGS[kinds.index(kind) % len(SETTINGS)]
+
+
+def draw_losses(axis: Axes, kind: str, color: str, lines: list[dict[int, float]]) -> None:
     """Each run's {step: loss} of one kind of runs, and their mean over the steps that all have."""
     if not lines:
         return
     if len(lines) > 1:
         for line in lines:
-            axis.plot(list(line), list(line.values()), color=COLORS[kind], lw=0.7, alpha=0.4)
+            axis.plot(list(line), list(line.values()), color=color, lw=0.7, alpha=0.4)
     steps = sorted(set.intersection(*(set(line) for line in lines)))
     mean = [statistics.fmean(line[step] for line in lines) for step in steps]
     # Plain tuning is the broader line and lies below, so that both are seen where they coincide.
     lw, zorder = (3.2, 2) if kind == PLAIN else (1.6, 3)
-    axis.plot(steps, mean, color=COLORS[kind], lw=lw, zorder=zorder, label=kind)
+    axis.plot(steps, mean, color=color, lw=lw, zorder=zorder, label=kind)

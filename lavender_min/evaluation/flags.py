@@ -36,7 +36,9 @@ class MeasuredData:
 @dataclass
 class Flags(MeasuredData):
     plain: list[str] = flag([], "finished runs of train.py --plain, one a seed", metavar="DIR")
-    lavender: list[str] = flag([], "finished runs of train.py, in the same order of seeds", metavar="DIR")
+    lavender: list[str] = flag(
+        [], "finished runs of train.py, in the same order of seeds; of several settings each is a row", metavar="DIR"
+    )
     seeds: int | None = flag(None, "train this many pairs first, in OUT/plain-0, OUT/lavender-0, …")
     train: str = flag("", "with --seeds: more flags for train.py, in quotes", metavar="FLAGS")
     maps: str | None = flag(None, "Stable Diffusion's maps of the held-out pictures (default: maps/<data>-heldout)")

@@ -1,5 +1,6 @@
 """The names of what is compared and of what is measured, and how they are printed."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 # {"what.of which words": value}, as "pointing.shape" and "answers.all".
@@ -7,12 +8,18 @@ Numbers = dict[str, float]
 
 # The rows of every table.
 CHANCE, SD, UNTUNED, PLAIN, LAVENDER = "an even map (chance)", "Stable Diffusion", "untuned", "plain tuning", "Lavender"
-ALIGNED = "Lavender, through the Aligner"
+# Behind the name of a Lavender model: its maps as the training compares them.
+ALIGNED = ", through the Aligner"
 COLORS = {PLAIN: "#e3a04f", LAVENDER: "#7a5cc0"}
 
 # Kinds of words and questions that readers see spelled otherwise than the data has them: alone, and for several words.
 SPELLED = {"color": "colour"}
 PLURAL = {"shape": "shapes"}
+
+
+def settings(names: Iterable[str]) -> list[str]:
+    """Of names of models those tuned with alignment. Several settings have their flags behind the name (`compare.by_setting`)."""
+    return [name for name in names if name.startswith(LAVENDER) and not name.endswith(ALIGNED)]
 
 
 class Measure(NamedTuple):

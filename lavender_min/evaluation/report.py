@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lavender_min.evaluation.intervals import Difference, differences, interval
-from lavender_min.evaluation.names import LAVENDER, PLAIN, SPELLED, spell, title
+from lavender_min.evaluation.intervals import differences, interval
+from lavender_min.evaluation.names import PLAIN, SPELLED, settings, spell, title
 from lavender_min.evaluation.sheet import Sheet
 from lavender_min.evaluation.tables import (
     Models,
@@ -20,7 +20,7 @@ from lavender_min.evaluation.tables import (
 class Run(NamedTuple):
     """A folder that `train.py` left."""
 
-    # PLAIN or LAVENDER
+    # PLAIN, or LAVENDER with the flags that tell its setting from others
     name: str
     folder: str
     flags: dict[str, Any]
@@ -41,7 +41,7 @@ EXPLAINED = (
 
 def write(out: Path, sheet: Sheet, models: Models, runs: list[Run], about: dict[str, Any], pictures: list[str]) -> None:
     """report.md and report.json. `about`: commands, versions, recipe, host: what the reader needs to do it again."""
-    found = differences(models.get(PLAIN, []), models.get(LAVENDER, []))
+    found = {name: differences(models.get(PLAIN, []), models[name]) for name in settings(models)}
     content = {
         **about,
         "texts": len(sheet.examples),
@@ -54,16 +54,16 @@ def write(out: Path, sheet: Sheet, models: Models, runs: list[Run], about: dict[
             }
             for name, of in models.items()
         },
-        "lavender_minus_plain": {key: difference._asdict() for key, difference in found.items()},
+        "minus_plain": {
+            name: {key: difference._asdict() for key, difference in of.items()} for name, of in found.items()
+        },
         "training": [run._asdict() for run in runs],
     }
     (out / "report.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    (out / "report.md").write_text(as_markdown(content, models, runs, found, pictures))
+    (out / "report.md").write_text(as_markdown(content, models, runs, pictures))
 
 
-def as_markdown(
-    content: dict[str, Any], models: Models, runs: list[Run], found: dict[str, Difference], pictures: list[str]
-) -> str:
+def as_markdown(content: dict[str, Any], models: Models, runs: list[Run], pictures: list[str]) -> str:
     several = max(len(of) for of in models.values())
     spread = f"Mean ± 95 % interval (Student's t) over a model's runs, up to {several}; one run has no interval."
     words = ", ".join(f"{count} {SPELLED.get(kind, kind)}" for kind, count in content["words"].items())
@@ -74,13 +74,13 @@ def as_markdown(
         main_table(models),
         EXPLAINED,
     ]
-    if found:
+    if found := differences_table(models):
         pairs = len(models[PLAIN])
         how = f"taken run by run, {pairs} pairs" if pairs > 1 else "one pair"
-        parts += ["## Lavender against plain tuning", differences_table(models)]
+        parts += ["## Lavender against plain tuning", found]
         parts += [f"Differences are Lavender − plain tuning, {how}."]
-    elif PLAIN in models and LAVENDER in models:
-        counts = f"{len(models[PLAIN])} of plain tuning, {len(models[LAVENDER])} of Lavender"
+    elif PLAIN in models and settings(models):
+        counts = ", ".join(f"{len(models[name])} of {name}" for name in (PLAIN, *settings(models)))
         parts += [f"No differences are given: runs are compared in pairs, and there are {counts}."]
     headings = {
         "answers": "Answers by kind of question",
@@ -106,7 +106,7 @@ def runs_table(models: Models, runs: list[Run]) -> str:
     """A row a run: its steps, its last losses and its main numbers."""
     wanted = ("answers.all", *keys_of(models, "pointing")[:1], "mass.all", "mse.ratio")
     keys = [key for key in wanted if key in models[runs[0].name][0]]
-    numbers_of = {name: iter(models[name]) for name in (PLAIN, LAVENDER) if name in models}
+    numbers_of = {name: iter(models[name]) for name in dict.fromkeys(run.name for run in runs)}
     rows = []
     for run in runs:
         numbers = next(numbers_of[run.name])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lavender_min import cli
 from lavender_min.evaluation.intervals import interval
-from lavender_min.evaluation.names import LAVENDER, PLAIN, UNTUNED, spell, title
+from lavender_min.evaluation.names import PLAIN, UNTUNED, settings, spell, title
 from lavender_min.evaluation.tables import Models, table
 from lavender_min.failing import read_json, shaped
 
@@ -20,7 +20,7 @@ COLUMNS = ("answers.all", "answers.color", "pointing.shape", "pointing.all")
 def models_of(folder: Path) -> Models:
     path = folder / "report.json"
     models = shaped(read_json(path, dict).get("models"), dict, f"{path}, models")
-    return {name: models[name]["runs"] for name in (UNTUNED, PLAIN, LAVENDER) if name in models}
+    return {name: models[name]["runs"] for name in (UNTUNED, PLAIN, *settings(models)) if name in models}
 
 
 def side_by_side(folders: Sequence[Path]) -> str:

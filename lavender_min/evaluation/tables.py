@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from lavender_min.evaluation.intervals import differences, interval
 from lavender_min.evaluation.names import (
-    LAVENDER,
     MEASURES,
     MSE_TITLES,
     PLAIN,
     PLURAL,
     SPELLED,
     Numbers,
+    settings,
     spell,
     title,
 )
@@ -76,11 +76,15 @@ def measure_table(models: Models, measure: str) -> str:
 
 
 def differences_table(models: Models, only: Sequence[str] = ()) -> str:
-    """Lavender − plain tuning, for all measures or `only` some; "" where there are no pairs to compare."""
-    rows = []
-    for key, d in differences(models.get(PLAIN, []), models.get(LAVENDER, [])).items():
-        if key in only or not only:
-            both = [spell(key, *interval([run[key] for run in models[name]])) for name in (PLAIN, LAVENDER)]
-            excludes = "one pair" if d.excludes_zero is None else "yes" if d.excludes_zero else "no"
-            rows.append([title(key), *both, spell(key, d.mean, d.half, sign=True), excludes, d.winner or "–"])
-    return table(["", PLAIN, LAVENDER, "difference", "interval excludes 0", "better"], rows) if rows else ""
+    """Lavender − plain tuning, for all measures or `only` some, a table a setting; "" where there are no pairs to compare."""
+    found = []
+    for lavender in settings(models):
+        rows = []
+        for key, d in differences(models.get(PLAIN, []), models[lavender]).items():
+            if key in only or not only:
+                both = [spell(key, *interval([run[key] for run in models[name]])) for name in (PLAIN, lavender)]
+                excludes = "one pair" if d.excludes_zero is None else "yes" if d.excludes_zero else "no"
+                rows.append([title(key), *both, spell(key, d.mean, d.half, sign=True), excludes, d.winner or "–"])
+        if rows:
+            found.append(table(["", PLAIN, lavender, "difference", "interval excludes 0", "better"], rows))
+    return "\n\n".join(found)
