@@ -39,7 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 # The toy host that is measured, and the published one of its kind that is planned.
 KINDS = {"mllama": "meta-llama/Llama-3.2-11B-Vision-Instruct", "qwen2_vl": "Qwen/Qwen2.5-VL-7B-Instruct"}
-WIDE = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_hidden_layers": 10}
+# Heads stay as wide as Qwen's rotation has them.
+WIDE = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 16, "num_hidden_layers": 10}
 
 
 class Row(NamedTuple):
@@ -64,8 +65,9 @@ def wide_host(name: str, more: dict[str, int]) -> tuple[Blueprint, Any, Any]:
     config = model.config
     config.text_config.update(more)
     if name == "qwen2_vl" and more:
-        # Its merger already speaks in the text's width.
+        # Its merger already speaks in the text's width, and each layer has an entry.
         config.vision_config.hidden_size = more["hidden_size"]
+        config.text_config.layer_types = ["full_attention"] * more["num_hidden_layers"]
     torch.manual_seed(0)
     family, host = family_of(name, name), type(model)(config)
     hook(host, family)
