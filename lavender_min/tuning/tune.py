@@ -165,8 +165,12 @@ def make_trainer(flags: Flags, args: Training, datasets: Datasets) -> LavenderTr
     model, processor = runs.build(flags.of_model, torch.float32 if flags.mode == "full" else half)
     model.host.config.use_cache = False
     if args.use_liger_kernel:
-        # The Trainer would look for a model of transformers, and find Lavender around it.
-        apply_liger_kernel(model.base, args.liger_kernel_config)
+        # The loss is taken from logits here, so Liger's fused one has no place.
+        kernels = {"fused_linear_cross_entropy": False, **(args.liger_kernel_config or {})}
+        with naming("--use_liger_kernel"):
+            apply_liger_kernel(model.base, kernels)
+        # The Trainer would look for a model of transformers, find Lavender around it, and warn that nothing was done.
+        args.use_liger_kernel = False
     model.label_smoothing = args.label_smoothing_factor
     trust = partial(word_trust, flags.trust, AGGREGATIONS[flags.aggregate].regularised)
     choice = flags.words, flags.attend, flags.pos

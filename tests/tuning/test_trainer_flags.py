@@ -228,12 +228,27 @@ def installed(refused):
 
 
 def test_liger_is_applied_to_the_host_and_not_to_its_wrapper(vlm_folder, store_folder, tmp_path, monkeypatch):
-    """With the package there, or so it seems."""
-    applied = []
+    """With the package there, or so it seems. The loss that Liger fuses with the logits is not the one that is trained."""
+    applied, warned = [], []
     monkeypatch.setattr("lavender_min.tuning.admitted.check_packages", lambda args: None)
     monkeypatch.setattr(
-        "lavender_min.tuning.tune.apply_liger_kernel", lambda model, config: applied.append(type(model).__name__)
+        "lavender_min.tuning.tune.apply_liger_kernel",
+        lambda model, config: applied.append((type(model).__name__, config)),
     )
-    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, config: None)
-    assert start(flags_of(vlm_folder, store_folder, tmp_path, "--use_liger_kernel", "true")) == 0
-    assert applied == ["MllamaForConditionalGeneration"]
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, config: warned.append(model))
+    assert start(flags_of(vlm_folder, store_folder, tmp_path / "a", "--use_liger_kernel", "true")) == 0
+    assert applied == [("MllamaForConditionalGeneration", {"fused_linear_cross_entropy": False})] and not warned
+
+
+def test_what_liger_cannot_do_is_one_line(vlm_folder, store_folder, tmp_path, monkeypatch, capsys):
+    """Its 0.8.5 has parts that do not fit transformers 5.23."""
+
+    def fails(model, config):
+        raise ImportError("cannot import name 'LigerQwen2VLCausalLMOutputWithPast'")
+
+    monkeypatch.setattr("lavender_min.tuning.admitted.check_packages", lambda args: None)
+    monkeypatch.setattr("lavender_min.tuning.tune.apply_liger_kernel", fails)
+    assert start(flags_of(vlm_folder, store_folder, tmp_path, "--use_liger_kernel", "true")) == 2
+    assert (
+        "--use_liger_kernel: ImportError: cannot import name 'Liger" in capsys.readouterr().err.strip().splitlines()[-1]
+    )
