@@ -4,6 +4,7 @@
     OUT/results/<digest>.safetensors   the maps of a few words, for the figures
     OUT/tuning/<digest>                a run that is at work, or was stopped: train.py goes on with it
     OUT/locks/<digest>.lock            who works on it
+    OUT/vision/<host>                  what its frozen tower makes of each picture
 
 A result is written aside and renamed, so it is whole or not there. Any number of processes, started whenever, share a folder:
 a run belongs to whoever holds its lock, which ends with the process, however that ends.
@@ -169,6 +170,10 @@ def train(ledger: Ledger, run: Run, folder: Path) -> Path | None:
             "seed": run.seed,
             "output_dir": str(into),
         }
+        if not own.get("full"):
+            # What the frozen tower makes of a picture serves all runs of a host.
+            values["cache_vision"] = True
+            share(ledger.out / "vision" / run.host, into / "vision")
         argv = [word for pair in values.items() for word in stages.as_flag(*pair)]
         made.append(stages.Stage(f"{run.name}, stage {number}", into, argv))
     if not made:
@@ -179,6 +184,13 @@ def train(ledger: Ledger, run: Run, folder: Path) -> Path | None:
     if code:
         raise ValueError(f"{run.name}: the training ended with exit code {code}")
     return made[-1].folder
+
+
+def share(folder: Path, link: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(folder.absolute())
 
 
 def commit() -> str:
