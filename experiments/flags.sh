@@ -10,3 +10,5 @@ TUNING="--qlora --lora_targets language --lora_r 16 --lora_alpha 32 --learning_r
 
 # The ablation without networks: the host's own maps are pulled.
 DIRECT="--aggregate layer-mean --aligner none"
+# Only words whose maps have contrast are aligned.
+TRUST="--trust threshold:0.6"

@@ -80,8 +80,14 @@ def crowded(crowd: scenes.Crowd, number: int) -> Scene:
     return scenes.make_scene(crowd, number)
 
 
+@lru_cache(1024)
+def rendered(scene: Scene) -> Image.Image:
+    """Kept, because drawing takes a quarter of a training step; 50 MB at most."""
+    return world.render(scene, SIDE)
+
+
 def picture(example_id: str) -> Image.Image:
-    return world.render(make(example_id).scene, SIDE)
+    return rendered(make(example_id).scene).copy()
 
 
 def example(example_id: str) -> Example:

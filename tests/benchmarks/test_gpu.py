@@ -238,11 +238,12 @@ def test_full_size_is_v1_4s(monkeypatch):
 
 def test_the_demo_is_what_the_script_runs():
     commands = whole.demo_commands("here")
-    assert [command[0] for command in commands] == ["extract.py", "train.py", "train.py", "evaluate.py"]
-    assert "here/plain-0" in commands[1] and "--plain" in commands[1] and "--plain" not in commands[2]
+    assert [command[0] for command in commands] == ["extract.py", *["train.py"] * 3, "evaluate.py"]
+    for command, name in zip(commands[1:4], whole.RUNS, strict=True):
+        assert f"here/{name}" in command and ("--plain" in command) == (name == "plain-0")
     short = whole.shortened(commands, steps=3, batch=4)
-    assert [command[0] for command in short] == ["extract.py", "train.py", "train.py", "extract.py", "evaluate.py"]
-    for whole_one, short_one in zip(commands, short[:3] + short[4:], strict=True):
+    assert [command[0] for command in short] == ["extract.py", *["train.py"] * 3, "extract.py", "evaluate.py"]
+    for whole_one, short_one in zip(commands, short[:4] + short[5:], strict=True):
         assert short_one[: len(whole_one)] == whole_one and len(short_one) > len(whole_one)
 
 

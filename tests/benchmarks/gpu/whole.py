@@ -22,13 +22,17 @@ from gpu.record import Record
 ROOT = Path(__file__).resolve().parents[3]
 # share by which the first losses may differ
 ALIKE = 0.01
+RUNS = ("direct-0", "lavender-0", "plain-0")
 # Prints what it was called with instead of running it: one argument a unit separator, one call a line.
 STUB = '#!/bin/sh\n{ for x in "$@"; do printf \'%s\\037\' "$x"; done; printf \'\\n\'; } >> "$COMMANDS"\n'
 EXACT = ["--bf16", "false", "--fp16", "false", "--optim", "adamw_torch", "--lora_dropout", "0", "--logging_steps", "1"]
 
 
 def demo_commands(out: str) -> list[list[str]]:
-    """What `experiments/demo.sh` would run with its results in `out`, without running it: a copy of it finds another python."""
+    """What `experiments/demo.sh` would run with its results in `out`, without running it: a copy of it finds another python.
+
+    Its trainings run at once, so that only their names have an order.
+    """
     with tempfile.TemporaryDirectory() as folder:
         stub = Path(folder) / ".venv/bin/python"
         stub.parent.mkdir(parents=True)
@@ -37,7 +41,8 @@ def demo_commands(out: str) -> list[list[str]]:
         shutil.copytree(ROOT / "experiments", Path(folder) / "experiments")
         env = {**os.environ, "OUT": out, "COMMANDS": f"{folder}/commands"}
         subprocess.run(["sh", f"{folder}/experiments/demo.sh"], env=env, check=True, capture_output=True)
-        return [line.split("\037")[:-1] for line in Path(f"{folder}/commands").read_text().splitlines()]
+        first, *tuning, last = (line.split("\037")[:-1] for line in Path(f"{folder}/commands").read_text().splitlines())
+        return [first, *sorted(tuning), last]
 
 
 def shortened(commands: Sequence[list[str]], steps: int, batch: int) -> list[list[str]]:
@@ -104,17 +109,17 @@ def run(record: Record) -> None:
     short = shortened(demo, *((2, 2) if record.tiny else (8, 16)))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         device, cpu, full = (Path(folder) / name for name in ("device", "cpu", "full"))
-        both = [start(short, device), start(short[:3], cpu, hide_gpu=True)]
+        both = [start(short, device), start(short[:-2], cpu, hide_gpu=True)]
         with record.trying("a few steps"):
             record.add("a few steps", **finish(both[0], device, "the device's"))
             finish(both[1], cpu, "the CPU's")
-            for name in ("plain-0", "lavender-0"):
+            for name in RUNS:
                 compare(record, name, *(losses(place / "out" / name) for place in (device, cpu)))
         if record.tiny:
             return
         with record.trying("demo"):
             seconds = finish(start(demo, full), full, "the demo")
-            last = {f"{name} loss": losses(full / "out" / name)[-1] for name in ("plain-0", "lavender-0")}
+            last = {f"{name} loss": losses(full / "out" / name)[-1] for name in RUNS}
             record.add("demo", **seconds, **last)
 
 
