@@ -99,7 +99,7 @@ def write_data(world: Path, examples: list) -> None:
 
 def broken(world: Path, pattern: str, kinds: list[mutations.Mutation], rng: random.Random) -> Change:
     """One file of the world changed; Change.what says which, and how."""
-    file = rng.choice(sorted(path for path in world.glob(pattern) if path.is_file()))
+    file = rng.choice(sorted(path for path in world.glob(pattern) if path.is_file() and path.stat().st_size))
     change = rng.choice(kinds)(file, rng)
     return change._replace(what=f"{file.relative_to(world)}: {change.what}")
 
