@@ -149,6 +149,8 @@ def read_origins(shard: Path) -> dict[str, Origin]:
         table = pq.ParquetFile(source).read(["id", *Origin._fields], use_threads=False)
         if "digest" not in table.column_names:
             table = table.append_column("digest", pa.array([""] * len(table)))
+        if empty := [name for name in table.column_names if table[name].null_count]:
+            raise ValueError(f"a row has no {empty[0]}: delete the shard and extract again")
         columns = (table[name].to_pylist() for name in Origin._fields)
         return dict(zip(table["id"].to_pylist(), map(Origin, *columns), strict=True))
 

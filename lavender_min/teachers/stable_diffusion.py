@@ -118,6 +118,8 @@ def _load_parts(name: str, cached: bool, dtype: torch.dtype) -> StableDiffusion:
         noise_schedule = dict(DDIMScheduler.load_config(name, subfolder="scheduler", local_files_only=cached))
         if (predicts := noise_schedule.get("prediction_type", "epsilon")) not in PREDICTIONS:
             raise ValueError(f"the scheduler's prediction_type must be {' or '.join(PREDICTIONS)}; got {predicts!r}")
+        # A value of the wrong kind shows here, where the folder has a name, and not in the first pass.
+        DDIMScheduler.from_config(noise_schedule)
         vae = _whole(AutoencoderKL, name, "vae", torch_dtype=dtype, **files)
         unet = _whole(UNet2DConditionModel, name, "unet", torch_dtype=dtype, **files)
     return StableDiffusion(tokenizer, text_encoder, vae, unet, noise_schedule)

@@ -195,7 +195,7 @@ TRAININGS = {
         idefics3_project,
         idefics3_speak,
         tower_steps=6600,
-        whole_steps=(2400, 1800, 1800),
+        whole_steps=(2400, 1800, 1800, 3000),
     ),
     "qwen2_vl": Training(
         lambda m: m.model.visual,

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from lavender_min.data import Example, Region
-from lavender_min.evaluation import compare, figures, intervals, metrics, names, report, side_by_side, tables
+from lavender_min.evaluation import figures, intervals, metrics, names, report, side_by_side, tables
 from lavender_min.evaluation.sheet import Sheet, first_pictures, make_sheet
 from lavender_min.maps import MapStore, MapWriter
 from lavender_min.toy import data as toy
-from lavender_min.tuning.flags import ModelFlags
 from lavender_min.words import find_words
 
 G = 32
@@ -251,27 +250,6 @@ def test_tables_show_intervals_and_losses():
     assert [line.split("|")[-3].strip() for line in lines[2:]] == ["yes", "yes", "no", "yes"]
     assert tables.differences_table(models, ("mse.own",)).count("\n") == 2
     assert tables.differences_table({names.PLAIN: PLAIN}) == ""
-
-
-def test_settings_of_lavender_are_told_apart_by_their_flags(tmp_path):
-    def finished(name, **flags):
-        made = ModelFlags("host", **flags)
-        return compare.Finished(report.Run(names.LAVENDER, name, {}, []), made)
-
-    alike = [finished("a", lambda_att=3.0), finished("b", lambda_att=3.0)]
-    assert compare.by_setting(alike) == alike
-    direct = {"aggregate": "layer-mean", "aligner": "none", "lambda_att": 3.0}
-    several = compare.by_setting([*alike, finished("c", **direct), finished("d", trust="contrast", **direct)])
-    long = "Lavender --aggregate layer-mean --aligner none"
-    assert [run.report.name for run in several] == ["Lavender", "Lavender", long, f"{long} --trust contrast"]
-
-    models = {names.PLAIN: PLAIN, names.LAVENDER: LAVENDER, names.LAVENDER + names.ALIGNED: LAVENDER, long: PLAIN}
-    first, second = tables.differences_table(models).split("\n\n")
-    assert " Lavender |" in first and "aggregate" not in first and f" {long} |" in second
-    assert "+0.0 ± 0.0" in second and "-10.0 ± 2.5" in first
-    runs = [run.report for run in several]
-    colors = [figures.color_of(run.name, runs) for run in runs]
-    assert len(set(colors)) == 3 and colors[0] == names.COLORS[names.LAVENDER]
 
 
 def test_numbers_are_spelled_in_their_units():

@@ -208,8 +208,10 @@ def of_flags(world: Path, rng: random.Random) -> Case:
             field for field in fields(flags) if field.metadata.get("choices") or field.type not in (str, str | None)
         ]
         typed = [field for field in typed if field.type is not bool]
-        name, value = rng.choice(typed).name, rng.choice(NEVER)
-        return Case(command, [*argv, f"--{name}={value}"], Change(f"--{name}={value}"), refused=True)
+        chosen, value = rng.choice(typed), rng.choice(NEVER)
+        # What has a value for each data set takes '' for its default. (A parser of transformers strips None from a field's type.)
+        refused = value != "" or chosen.default is not None or "list[str]" not in str(chosen.type)
+        return Case(command, [*argv, f"--{chosen.name}={value}"], Change(f"--{chosen.name}={value}"), refused=refused)
     if deed == "trainer":
         names = [name for name in trainer_flags() if not any(part in name for part in LEFT_OUT)]
         name = rng.choice(names)

@@ -5,6 +5,7 @@ import multiprocessing
 from functools import partial
 from hashlib import sha256
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -152,6 +153,18 @@ def examples(folder):
     from lavender_min import data
 
     return data.load("folder", folder)
+
+
+@pytest.mark.parametrize("column", ["id", "answer", "digest"])
+def test_a_row_that_lacks_what_it_was_made_from_is_named(tmp_path, column):
+    fill(tmp_path, range(4))
+    (file,) = tmp_path.glob("maps-*.parquet")
+    table = pq.read_table(file)
+    values = [None, *table[column].to_pylist()[1:]]
+    number = table.column_names.index(column)
+    pq.write_table(table.set_column(number, table.schema.field(column), pa.array(values, pa.string())), file)
+    with pytest.raises(ValueError, match=f"{file.name}: a row has no {column}: delete the shard and extract again"):
+        shard.read_origins(file)
 
 
 def test_other_texts_and_pictures_are_found(folder, monkeypatch):

@@ -140,6 +140,14 @@ def test_a_broken_pipeline_folder_is_named_in_one_line(world, sd, tmp_path, caps
     assert not (tmp_path / "maps").exists()
 
 
+@pytest.mark.parametrize("harm", ["betas", "steps"])
+def test_a_broken_schedule_is_found_with_the_folder_and_not_in_the_first_pass(sd, harm):
+    file, do = HARMS[harm]
+    do(sd / file)
+    with pytest.raises(OSError, match=re.escape(str(sd))):
+        stable_diffusion.load(str(sd))
+
+
 @pytest.mark.parametrize("prediction", ["nope", "sample", None, 5])
 def test_a_scheduler_that_predicts_something_else_is_refused(world, sd, tmp_path, capsys, prediction):
     set_config(sd / "scheduler" / "scheduler_config.json", prediction_type=prediction)
