@@ -82,6 +82,7 @@ class Page(NamedTuple):
 
 
 def write(path: Path, page: Page) -> None:
+    """Writes the page as one HTML file, and makes its folder if it is missing."""
     content = {
         "title": page.title,
         "about": page.about,
@@ -96,6 +97,7 @@ def write(path: Path, page: Page) -> None:
 
 
 def picture_data(picture: Picture) -> dict[str, Any]:
+    """What the script reads of a picture: its name, image (a data URL, or ""), width and height in pixels, and texts."""
     found: dict[str, Any] = {"name": picture.name, "image": "", "width": 1, "height": 1}
     if picture.image is not None:
         small = picture.image.convert("RGB")
@@ -105,6 +107,7 @@ def picture_data(picture: Picture) -> dict[str, Any]:
 
 
 def text_data(text: Text) -> dict[str, Any]:
+    """What the script reads of a text: question and answer as `pieces`, the words by number, and the sprite of their maps."""
     words = [word_data(of) for of in text.words]
     fields = {
         name: pieces(value, [(i, of.word) for i, of in enumerate(text.words) if of.word.field == name])
@@ -130,6 +133,7 @@ def pieces(text: str, words: Sequence[tuple[int, Word]]) -> list[str | int]:
 
 
 def word_data(of: WordMaps) -> dict[str, Any]:
+    """What the script reads of a word: all but its maps, which stand in the text's sprite."""
     side = of.maps.shape[-1]
     peaks = of.maps.flatten(1).argmax(1).tolist()
     found: dict[str, Any] = {

@@ -108,12 +108,14 @@ def with_regions(examples: list[Example], folder: Path) -> list[Example]:
 
 
 def _read(folder: Path, name: str, where: str) -> Picture:
+    """The two files of the picture `name`; `where` is what `keep` passes."""
     stem = Path(name).stem
     sentences = [read_sentence(line, of) for of, line in lines(folder / "Sentences" / f"{stem}.txt")]
     return Picture(name, sentences, read_boxes(folder / "Annotations" / f"{stem}.xml"))
 
 
 def read_sentence(line: str, where: str) -> Sentence:
+    """A caption without its brackets, and its phrases. Raises ValueError, which names `where`, for a bracket of another form."""
     text, phrases, read = "", [], 0
     for match in PHRASE.finditer(line):
         text += line[read : match.start()]
@@ -129,6 +131,7 @@ def read_sentence(line: str, where: str) -> Sentence:
 
 
 def read_boxes(file: Path) -> Boxes:
+    """The boxes by chain. Raises ValueError, which names the file, for XML that is broken or holds other values."""
     found: dict[str, list[list[float]]] = defaultdict(list)
     with naming(file):
         root = ElementTree.parse(file).getroot()
@@ -138,6 +141,7 @@ def read_boxes(file: Path) -> Boxes:
         for thing in root.iterfind("object"):
             if thing.find("bndbox") is not None:
                 left, top, right, bottom = (_number(thing, f"bndbox/{end}") for end in ("xmin", "ymin", "xmax", "ymax"))
+                # From pixels counted from 1, the last included, to the edges of the box.
                 for name in thing.iterfind("name"):
                     found[name.text or ""].append(box(left - 1, top - 1, right, bottom))
     return Boxes(size, dict(found))

@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(flags: Flags) -> None:
+    """Measures every store, prints the table, and draws the plot."""
     examples = data.load(flags.data, flags.data_root, flags.split, entities=flags.entities)
     found = {}
     for folder in map(Path, flags.maps or [f"maps/{flags.data}"]):
@@ -96,6 +97,7 @@ def report(flags: Flags) -> None:
 
 
 def draw(path: Path, found: dict[str, Calibration]) -> None:
+    """A line for each store: the share of right maps in each fifth."""
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, one in found.items():
