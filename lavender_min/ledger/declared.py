@@ -90,11 +90,11 @@ class Claim(NamedTuple):
     # Columns of its table: names of measures (see `measures`).
     shown: list[str] = []
     contrasts: list[Contrast] = []
-    # What is missing to run it. If this is not "", it is not run, and the page says why.
+    # What would be needed to run the claim, but does not ship; "" for a claim that is run.
     needs: str = ""
     # What a reader must know, printed behind the verdict.
     note: str = ""
-    # Which arms are plain tuning and the teaching by exact masks, trained on as many scenes as its other arms.
+    # Its arms of plain tuning and of exact masks as targets: those that are tuned on as many scenes as its other arms.
     plain: str = "plain"
     oracle: str = "oracle"
 

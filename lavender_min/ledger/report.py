@@ -77,8 +77,9 @@ def generated(ledger: Ledger, drawn: list[Path]) -> str:
     parts = [
         "## The verdicts",
         f"Written by `ledger/report.py` from the runs; nobody edits a verdict. An effect is a mean over {len(ledger.setup.seeds)} "
-        "seeds ± half its 95 % interval, of pairs of runs that share the seed. *Holds*: the interval lies above 0, in favour of "
-        "the claim. *Does not hold*: it lies below the smallest effect that was declared to matter. *Not clear*: all else.",
+        "seeds ± half its 95 % interval, of pairs of runs that share the seed. *Does not hold*: the whole interval lies below the "
+        "smallest effect that was declared to matter. *Holds*: the whole interval lies above 0, in favour of the claim, and "
+        "reaches that effect. *Not clear*: all else.",
         table(["claim", "what of the paper it answers", "verdict"], overview),
         about(ledger),
         *(section(ledger, claim, rows[claim.number], words[claim.number]) for claim in ledger.claims),
@@ -175,7 +176,7 @@ def cell(name: str, values: list[float]) -> str:
     """The mean of a measure over seeds ± half its 95 % interval; "–" for an arm that has no such number."""
     if not values:
         return "–"
-    scale, digits = measure_of(name).scale, 1 if measure_of(name).scale == 100 else 3
+    _, _, scale, digits, _ = measure_of(name)
     mean, half = interval(values)
     return f"{mean * scale:.{digits}f}" + ("" if half is None else f" ± {half * scale:.{digits}f}")
 

@@ -49,7 +49,7 @@ class Ledger(NamedTuple):
         return self.out / "results" / f"{run.digest}.json"
 
     def result(self, run: Run) -> dict[str, Any] | None:
-        """The content of that file; None if it is not there yet."""
+        """The content of a run's `file`; None if it is not there yet."""
         return read_json(self.file(run), dict) if self.file(run).exists() else None
 
     def files(self, host: str, arms: Sequence[str]) -> dict[str, list[Path]]:
@@ -65,7 +65,7 @@ class Ledger(NamedTuple):
         return found
 
     def numbers(self, host: str, arms: Sequence[str]) -> dict[str, list[dict[str, float]]]:
-        """{arm: its numbers, by seed}, of the same arms."""
+        """{arm: the numbers in these files, by seed}"""
         found = self.files(host, arms)
         return {arm: [read_json(file, dict)["measures"] for file in of] for arm, of in found.items()}
 

@@ -5,7 +5,7 @@ number a seed; above 0 it is in favour of the claim. The smallest effect that wo
 The verdict follows from the margin and the 95 % interval of the effect's mean over seeds (Student's t, `evaluation.intervals`):
 
     does not hold   the whole interval lies below the margin: the effect, if any, is too small to matter
-    holds           the whole interval lies above 0, and at least a part of it reaches the margin
+    holds           the whole interval lies above 0, and its upper end reaches the margin
     not clear       everything else, and any effect of a single seed
 """
 
