@@ -5,12 +5,15 @@
                      {"image_id", "caption"}, …],
      "categories":  [{"id", "name", "supercategory"?}, …]}
 
-A picture has captions as COCO's captions_….json gives them, among the annotations, or one of its own, as MDETR's files have it. A
-segmentation is a list of polygons, or RLE, and comes before the box. Which words a thing has is said by "tokens_positive",
-[[start, end], …] in the picture's own caption, or else by its category: every place in a caption where the category's name stands.
+A "?" marks what may be missing. Captions are entries among the annotations, as in COCO's captions_….json, or a picture has one of
+its own, as in MDETR's files. A segmentation is a list of polygons, or run lengths (RLE); where it is missing, the box is taken.
 
-`--data_root` is the file, or a folder, of which all *.json are read as one. `--split val2017` reads instead, in annotations/,
-instances_val2017.json and captions_val2017.json, and looks for the pictures in val2017/. Else they lie in images/ or beside it.
+A thing's words in the picture's own caption are those at "tokens_positive", [[start, end], …]. In other captions, and for a thing
+without "tokens_positive", its words are wherever its category's name stands.
+
+`--data_root` is one file, or a folder whose *.json files are read as one. With `--split val2017` two files of the folder are read,
+annotations/instances_val2017.json and annotations/captions_val2017.json. Pictures are looked for in a folder named as the split, in
+images/, and in the folder itself.
 """
 
 from collections import defaultdict
@@ -63,7 +66,7 @@ class Category(TypedDict):
 
 
 class Shown(NamedTuple):
-    """A picture, and where its entry stands."""
+    """A picture, and where in the files its entry stands, for messages."""
 
     picture: Picture
     where: str
@@ -72,15 +75,16 @@ class Shown(NamedTuple):
 class Thing(NamedTuple):
     """Something marked in a picture."""
 
+    # mask(side): the cells that it covers.
     mask: Callable[[int], Bool[np.ndarray, "side side"]]
     # None: of no category, or of one that the file does not name.
     category: Category | None
-    # Its words in the picture's own caption; None where the data does not say.
+    # [start, end] of its words in the picture's own caption; None where the data does not say.
     spans: list[list[int]] | None
 
 
 class Whole(NamedTuple):
-    """The lists of all files, one behind the other; each entry with its name."""
+    """The lists of all files, put together. Each entry comes with its name, "<file>, <list> <number>"."""
 
     images: list[tuple[str, Any]]
     annotations: list[tuple[str, Any]]
@@ -92,15 +96,16 @@ def load(root: Path, split: str | None = None, captions: str = "first") -> list[
     check_captions(captions)
     whole = _read(_files(root, split))
     if any(isinstance(entry, dict) and isinstance(entry.get("segmentation"), dict) for _, entry in whole.annotations):
-        # It is missed here, in one line, and not in row after row.
+        # If it is missing, one error here is better than one for each mask.
         _pycocotools()
     shown: dict[Id, Shown] = {}
     for one in keep(whole.images, _picture, "pictures"):
-        # COCO's instances and captions list the same pictures.
+        # A split's two files list the same pictures, so most come twice.
         shown.setdefault(one.picture["id"], one)
     if not shown:
         raise ValueError(f"{root} lists no pictures: expected {KIND}")
     categories: dict[Id, Category] = {one["id"]: one for one in keep(whole.categories, _category, "categories")}
+    # A picture's own caption stays as it is, because "tokens_positive" counts its characters; others are stripped.
     texts: dict[Id, list[str]] = {id: [of.picture["caption"]] for id, of in shown.items() if "caption" in of.picture}
     things: dict[Id, list[Thing]] = defaultdict(list)
     for entry, thing in keep(whole.annotations, partial(_annotation, shown, categories), "annotations"):
@@ -167,7 +172,7 @@ def _category(entry: Any, where: str) -> Category:
 def _annotation(
     shown: dict[Id, Shown], categories: dict[Id, Category], entry: Any, where: str
 ) -> tuple[Annotation, Thing | None]:
-    """An annotation as it is declared; and the thing it marks, None if it is a caption."""
+    """An annotation, and the thing it marks: None if it is a caption. Raises ValueError if it fits neither, or no picture."""
     annotation: Annotation = shaped(entry, Annotation, where)
     if annotation["image_id"] not in shown:
         raise ValueError(f"{where}: there is no picture {annotation['image_id']!r}")
@@ -183,6 +188,7 @@ def _annotation(
 
 
 def _mask(annotation: Annotation, size: tuple[int, int], where: str) -> Callable[[int], Bool[np.ndarray, "side side"]]:
+    """mask(side) of a marked thing; `size` is the picture's width and height. Raises ValueError for numbers that do not fit."""
     polygons = annotation.get("segmentation") or []
     if isinstance(polygons, dict):
         rle, (width, height) = polygons, size
@@ -206,7 +212,10 @@ def _mask(annotation: Annotation, size: tuple[int, int], where: str) -> Callable
 
 
 def rle_mask(rle: Rle, where: str, side: int) -> Bool[np.ndarray, "side side"]:
-    """COCO's run-length encoding: how many pixels are outside, inside, outside, …, column by column; packed into a text or not."""
+    """The cells of a mask in COCO's run-length encoding.
+
+    Its counts say how many pixels in turn lie outside, inside, outside, …, column by column: as a list, or packed into a text.
+    """
     coco = _pycocotools()
     with naming(f"{where}, segmentation"):
         packed = coco.frPyObjects(rle, *rle["size"]) if isinstance(rle["counts"], list) else rle
@@ -214,7 +223,7 @@ def rle_mask(rle: Rle, where: str, side: int) -> Bool[np.ndarray, "side side"]:
 
 
 def _pycocotools() -> Any:
-    """Its masks. Raises ValueError, in one line, if it is not installed."""
+    """The module `pycocotools.mask`. Raises ValueError, in one line, if it is not installed."""
     try:
         from pycocotools import mask
     except ImportError as error:
@@ -226,10 +235,11 @@ def _pycocotools() -> Any:
 
 
 def _places(picture: Picture, number: int, text: str, things: list[Thing]) -> Iterator[Place]:
-    """Where in a caption each thing is named. Spans are those of the picture's own caption, which is number 0."""
+    """Where the picture's caption `text` names each thing. Of its captions, its own is number 0."""
+    own = number == 0 and "caption" in picture
     for thing in things:
         category = thing.category
-        if thing.spans is not None and number == 0:
+        if thing.spans is not None and own:
             spans = [(start, end) for start, end in thing.spans]
         else:
             spans = find_label(text, category["name"]) if category else []

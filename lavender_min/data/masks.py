@@ -1,11 +1,12 @@
 """Data of one's own whose things are marked by mask pictures: a folder as `--data folder` reads it, with masks/ in it.
 
     dogs/1.jpg, dogs/1.txt           a picture and its text, in any of folder.py's forms
-    masks/dogs/1/dog.png             for each thing a mask, in a folder named as the picture is, without its ending. The mask is
-    masks/dogs/1/red ball.png        named by the word or words of the text that it is of. What is not black in it is the thing
+    masks/dogs/1/dog.png             where the dog of dogs/1.jpg is
+    masks/dogs/1/red ball.png        where its red ball is
 
-A mask covers the whole picture, and may have another size. Its words are found in question and answer as whole words, also with an
-s or es for several.
+A picture's masks lie in a folder named as the picture is, without its ending. A mask is a PNG named after the word or words of the
+text that name the thing; they are found in question and answer as whole words, also with a plural's s or es. Whatever is not black
+in it is the thing. A mask covers the whole picture, and may have another size.
 """
 
 from collections import defaultdict
@@ -24,7 +25,7 @@ from lavender_min.failing import say
 
 
 def load(root: Path, captions: str = "all") -> list[Example]:
-    """The examples of `folder.load`, with regions. A mask that is broken, or whose words no text has, is left out."""
+    """The examples of `folder.load`, with regions. Masks that are broken, or whose words no text has, are left out and counted."""
     place = (root.parent if root.is_file() else root) / "masks"
     files = keep(((str(file), file) for file in sorted(place.rglob("*.png"))), _whole, "masks")
     if not files:
@@ -51,12 +52,13 @@ def load(root: Path, captions: str = "all") -> list[Example]:
 
 
 def _whole(file: Path, where: str) -> Path:
-    """The file itself; a BrokenPicture, which is a ValueError, if it is no whole picture."""
+    """The file itself. Raises BrokenPicture, a ValueError, if it is no whole picture; `where` is what `keep` passes."""
     with opening(file), Image.open(file, formats=decoders()) as image:
         image.verify()
     return file
 
 
 def png_mask(file: Path, side: int) -> Bool[np.ndarray, "side side"]:
+    """The cells in which a mask picture is not black."""
     with opening(file), Image.open(file, formats=decoders()) as image:
         return pixel_mask(np.asarray(image.convert("L")) > 0, side)

@@ -1,9 +1,9 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: expressions by which people told one thing in a photograph from the others, with its box.
 
-Parquet copies as lmms-lab has them on the hub, a row a thing: image {bytes, path}, answer [expressions], bbox [x, y, width, height]
-in pixels, file_name. Their splits are val, testA and testB (people; other things) or test. A file is named after its split, as
-val-00000-of-00004.parquet is, or lies in a folder that is. `segmentation` is one list of numbers, in which several polygons
-cannot be told apart, so the box is taken.
+They are read from Parquet copies as lmms-lab has them on the hub. A row is a thing: image {bytes, path}, answer [expressions],
+bbox [x, y, width, height] in pixels, file_name. The splits are val and test, or val, testA (people) and testB (other things). A
+split's files are named after it (val-00000-of-00004.parquet), or lie in a folder that is. A row's `segmentation` is not read: it is
+one list of numbers, in which several polygons cannot be told apart.
 
 An expression names its thing first: of "man in a red shirt" only "man" has the box as its region.
 """
@@ -23,10 +23,10 @@ from lavender_min.data.texts import Text, keep
 from lavender_min.failing import shaped
 from lavender_min.words import find_words
 
-# COCO_train2014_000000581857_16.jpg is the picture 581857, cut out of it or not.
+# COCO_train2014_000000581857_16.jpg shows thing 16 in COCO's picture 581857: group 1 is the picture, whatever the thing.
 PICTURE = re.compile(r"(COCO_\w+?_\d{12})_\d+")
 
-# What follows one of these speaks of something else, or of a part.
+# Words after which an expression speaks of another thing, or of a part of its own.
 RELATIONS = frozenset(
     "in on at with without to by of from for near next beside behind under below over above between among against inside "
     "across beyond along around through off facing wearing holding carrying riding eating sitting standing who whose that "
@@ -41,10 +41,17 @@ class Texts(TypedDict):
 
 
 class Thing(NamedTuple):
-    # In the copy, from 0.
+    """A row, read through its shape."""
+
+    # The row's number in its split, from 0.
     number: int
     row: parquet.Row
     texts: Texts
+
+    @property
+    def expressions(self) -> list[str]:
+        """[""] if it has none: `data.load` counts examples without text, and leaves them out."""
+        return [(text or "").strip() for text in self.texts["answer"]] or [""]
 
 
 def load(root: Path, split: str = "val", captions: str = "first") -> list[Example]:
@@ -65,17 +72,18 @@ def load(root: Path, split: str = "val", captions: str = "first") -> list[Exampl
             f"{split}-{thing.number:05d}#{number}",
             thing.row.image,
             "",
-            (text or "").strip(),
+            text,
             picture=PICTURE.sub(r"\1", thing.texts["file_name"]),
-            regions=partial(regions, {"answer": (text or "").strip()}, _places(thing, (text or "").strip())),
+            regions=partial(regions, {"answer": text}, _places(thing, text)),
             where=thing.row.where,
         )
         for thing in things
-        for number, text in enumerate((thing.texts["answer"] or [""])[: 1 if captions == "first" else None])
+        for number, text in enumerate(thing.expressions[: 1 if captions == "first" else None])
     ]
 
 
 def _splits(file: Path) -> tuple[str, str]:
+    """The two names that may be its split's: the beginning of its own, and its folder's."""
     return file.name.partition("-")[0], file.parent.name
 
 
@@ -92,13 +100,15 @@ def _places(thing: Thing, text: str) -> list[Place]:
 
 
 def _box_mask(thing: Thing, side: int) -> Bool[np.ndarray, "side side"]:
-    """The copy does not say how large the picture is, so it is opened."""
+    """The cells in the thing's box. The copy does not say how large the picture is, so this opens it."""
     x, y, width, height = thing.texts["bbox"]
     return polygon_mask([box(x, y, x + width, y + height)], thing.row.image().size, side)
 
 
 def head_end(text: str) -> int:
-    """Where an expression has named its thing: at the first of RELATIONS behind a word that names something.
+    """The offset at which an expression has named its thing: that of the first of RELATIONS after a word that names something.
+
+    It is the end of the expression if no relation follows such a word.
 
     >>> "man in a red shirt"[: head_end("man in a red shirt")], "on the left"[: head_end("on the left")]
     ('man ', 'on the left')

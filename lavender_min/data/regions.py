@@ -1,8 +1,10 @@
-"""Where things lie, however the data says it, as masks of side × side cells; and which words of a phrase name the thing.
+"""What readers share whose data says where things lie: boxes, polygons or mask pictures become the regions of words.
 
-One rule holds for boxes, polygons and mask pictures: a cell of the grid counts when its centre lies inside. A thing that is thinner
-than a cell may hold no centre; its words then have no region. Coordinates are pixels of the picture from its upper left corner,
-so pixel 0 covers 0 to 1. A polygon is one flat list of them, x, y, x, y, …, as COCO has it.
+A mask here has side × side cells, which cover the whole picture. One rule makes it, whatever the data holds: a cell belongs to the
+thing if the cell's centre lies inside. A thing thinner than a cell may hold no centre; its words then have no region.
+
+Coordinates are in pixels from the picture's upper left corner, so that pixel 0 covers 0 to 1. A polygon is a flat list of them,
+x, y, x, y, …, as in COCO.
 """
 
 import re
@@ -15,7 +17,7 @@ from jaxtyping import Bool
 from lavender_min.data import Region
 from lavender_min.words import find_words
 
-# Words that name nothing. In "a group of people" the thing is named by "group" and "people".
+# Words that name no thing. In "a group of people" the thing is named by "group" and "people".
 LITTLE = frozenset(
     "a an the this that these those some any another each my your his her its our their "
     "of and or in on at to by for with from as".split()
@@ -23,21 +25,22 @@ LITTLE = frozenset(
 
 
 class Place(NamedTuple):
-    """Where the thing lies that a phrase names: fields[field][start:end] of an example."""
+    """A phrase, which is fields[field][start:end] of an example, and where the thing lies that it names."""
 
     field: str
     start: int
     end: int
     # As `Region.kind`.
     kind: str
-    # mask(side): what it covers of the whole picture.
+    # mask(side): the cells that the thing covers.
     mask: Callable[[int], Bool[np.ndarray, "side side"]]
 
 
 def regions(fields: Mapping[str, str], places: Iterable[Place], side: int) -> list[Region]:
-    """A region for each word that names a thing: with places that are known, what `Example.regions` calls for.
+    """A region for each word that names a thing. `partial(regions, fields, places)` is the `regions` of an `Example`.
 
-    If a word stands in several phrases, or its phrase names several things, its mask is all of them together.
+    A word may stand in several phrases, and a phrase may name several things. The word's mask is then all of them together, and its
+    kind that of the first.
     """
     found: dict[tuple[str, int, int], Region] = {}
     for place in places:
@@ -50,7 +53,7 @@ def regions(fields: Mapping[str, str], places: Iterable[Place], side: int) -> li
 
 
 def naming_words(text: str, start: int, end: int) -> list[tuple[int, int]]:
-    """Where those words of text[start:end] stand that may name its thing: all but the LITTLE ones, unless it has no others.
+    """(start, end) of the words in text[start:end] that name its thing: all but the LITTLE ones, or all where it has no others.
 
     >>> naming_words("A man with his dog.", 11, 18)
     [(15, 18)]
@@ -61,7 +64,7 @@ def naming_words(text: str, start: int, end: int) -> list[tuple[int, int]]:
 
 
 def find_label(text: str, label: str) -> list[tuple[int, int]]:
-    """Where a label stands in a text, as whole words, in capitals or not, also with an s or es for several.
+    """(start, end) wherever a label stands in a text: as whole words, in upper or lower case, or with a plural's s or es.
 
     >>> find_label("A bus stop without buses", "bus")
     [(2, 5), (19, 24)]
@@ -78,17 +81,18 @@ def box(left: float, top: float, right: float, bottom: float) -> list[float]:
 def polygon_mask(
     polygons: Sequence[Sequence[float]], size: tuple[int, int], side: int
 ) -> Bool[np.ndarray, "side side"]:
-    """What some polygons cover together of a picture of `size`, width and height.
+    """The cells that at least one of the polygons covers. `size` is the picture's width and height in pixels.
 
-    A point lies inside a polygon if a line from it to the right crosses the border an odd number of times.
+    A point lies inside a polygon if a line from it to the right crosses the border an odd number of times (even–odd rule).
     """
+    # The pixel coordinates of the centres of columns and of rows.
     x, y = ((np.arange(side) + 0.5) * length / side for length in size)
     covered = np.zeros((side, side), dtype=bool)
     for polygon in polygons:
         corners = np.reshape(np.asarray(polygon, dtype=float), (-1, 2))
         inside = np.zeros((side, side), dtype=bool)
         for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
-            # The rows of cells whose centres' lines meet this edge. A level edge meets none.
+            # The rows of the grid whose line of centres crosses this edge. A level edge is crossed by none.
             met = (y0 <= y) != (y1 <= y)
             crossing = x0 + (y[met] - y0) / (y1 - y0) * (x1 - x0) if met.any() else np.zeros(0)
             inside[met] ^= x < crossing[:, None]
@@ -97,7 +101,7 @@ def polygon_mask(
 
 
 def pixel_mask(pixels: Bool[np.ndarray, "height width"], side: int) -> Bool[np.ndarray, "side side"]:
-    """A mask of any size, one value a pixel: of each cell the pixel in which its centre lies."""
-    # In whole numbers, so that a centre on the border of two pixels lies in the second, whatever the size.
+    """A mask of any size, with one value a pixel. A cell takes the value of the pixel in which its centre lies."""
+    # Whole numbers round nothing, so a centre on the border of two pixels always falls into the second.
     rows, columns = ((2 * np.arange(side) + 1) * length // (2 * side) for length in pixels.shape)
     return pixels[np.ix_(rows, columns)]

@@ -1,20 +1,22 @@
-"""What lmms-eval calls things: its tasks for the paper's benchmarks, and its wrappers for the families of hosts."""
+"""lmms-eval's names: of its tasks for the paper's benchmarks, and of its wrappers, which load the models."""
 
 from typing import NamedTuple
 
 
 class Benchmark(NamedTuple):
-    # As the paper's Table 1 names it.
+    """One of the paper's benchmarks."""
+
+    # Its name in tables and figures.
     title: str
     # lmms-eval's task; "" where it has none.
     task: str
-    # Which of the task's measures the paper reports. MME's score is the sum of its two.
+    # The task's measures that the paper reports. Of MME it reports the sum of the two.
     measures: tuple[str, ...] = ()
-    # A model of OpenAI judges answers of which it is not plain what they say.
+    # Whether the task asks a model of OpenAI's to judge answers that cannot be read by rules.
     judged: bool = False
 
 
-# Section 7.2. The text says twenty and counts MMBench as four; Table 1 has sixteen, with one of MMBench beside CCBench.
+# The twenty of the paper's section 7.2, which counts MMBench as four. Its Table 1 has sixteen, with only one MMBench.
 PAPER = (
     Benchmark("AI2D", "ai2d", ("exact_match",)),
     Benchmark("ChartQA", "chartqa", ("relaxed_overall",)),
@@ -52,8 +54,8 @@ WRAPPERS = {
     "internvl": "internvl_hf",
 }
 
-# What the wrappers also want to load, though benchmarks of pictures never use it: the processor's part for videos, for folders
-# that say nothing of one.
+# model_type ─► the processor's class for videos. The wrappers load it, though tasks on pictures never use it. It is needed for
+# folders whose processor_config.json names none (see `benchmarks.complete`).
 VIDEO_PARTS = {
     "llava_onevision": "LlavaOnevisionVideoProcessor",
     "qwen2_vl": "Qwen2VLVideoProcessor",
@@ -65,7 +67,7 @@ VIDEO_PARTS = {
 
 
 def named(names: str) -> list[str]:
-    """--benchmarks as lmms-eval's tasks: "paper" stands for those of the paper that lmms-eval has.
+    """The tasks that --benchmarks names, each once; "paper" stands for all of the paper's that lmms-eval has.
 
     Raises ValueError if nothing is named.
     """
@@ -83,7 +85,7 @@ def measures_of(task: str) -> tuple[str, ...]:
 
 
 def wrapper_of(vlm: str, model_type: str) -> str:
-    """Raises ValueError, in one line, for a family that lmms-eval has no wrapper for."""
+    """lmms-eval's wrapper for hosts of this model_type. Raises ValueError, in one line, if it has none; `vlm` is for that line."""
     if model_type not in WRAPPERS:
         raise ValueError(
             f"{vlm} is a {model_type}, which lmms-eval cannot load; it loads {', '.join(WRAPPERS)}. Its answers can be "

@@ -1,4 +1,4 @@
-"""What lmms-eval measured, as a table, as the bars of the paper's Fig. 15, and as JSON."""
+"""What lmms-eval measured: as a table, as JSON, and as bars like those of the paper's Fig. 15."""
 
 import json
 import math
@@ -29,24 +29,30 @@ class Score(NamedTuple):
     error: float | None
 
 
-# By row of the table: the benchmark's title, and the measure where the benchmark has several.
+# {row of the table: score}. A row is a benchmark, or one of its measures where it has several.
 Scores = dict[str, Score]
 
 
 class Relative(NamedTuple):
-    """How much better Lavender is than plain tuning, as a share of plain tuning's score, and the standard error of that."""
+    """How much better Lavender is than plain tuning, as a share of plain tuning's score."""
 
     gain: float
+    # Its standard error; None where a score has none.
     error: float | None
 
 
 def read_scores(file: Path, task: str) -> Scores:
-    """The scores in a JSON of lmms-eval: the measures that the paper reports, for others the first of each (sub)task."""
+    """The scores in a JSON of lmms-eval. A group of tasks has an entry for each of its subtasks.
+
+    Of the paper's benchmarks, the measures that the paper reports are taken; of any other task, the first. Raises ValueError, in
+    one line that names the file, if there is no score.
+    """
     with naming(file):
         held = read_json(file, dict)
         results = shaped(held.get("results"), dict[str, dict[str, Any]], f"{file}, results")
         found: Scores = {}
         for entry, values in results.items():
+            # Keys are "<measure>,<filter>" and "<measure>_stderr,<filter>".
             numbers = {key.split(",")[0]: value for key, value in values.items() if is_number(value)}
             measures = [name for name in numbers if "_stderr" not in name]
             wanted = [name for name in measures_of(task) if name in measures] or measures[:1]
@@ -63,14 +69,20 @@ def is_number(value: Any) -> bool:
 
 
 def mean(scores: list[Score]) -> Score:
-    """Over runs: of the scores, and of their standard errors, which several runs on the same questions do not make smaller."""
+    """The mean score of some runs, and their mean standard error, None if one has none.
+
+    That error is over questions. It is not divided by √runs, because all runs answer the same questions.
+    """
     errors = [score.error for score in scores if score.error is not None]
     error = statistics.fmean(errors) if len(errors) == len(scores) else None
     return Score(statistics.fmean(score.value for score in scores), error)
 
 
 def relative(plain: Score, lavender: Score) -> Relative | None:
-    """(lavender − plain) / plain, and by error propagation √(σ_L² + (L/P)² σ_P²) / |P|; None where plain tuning has 0."""
+    """(L − P) / |P| of Lavender's score L and plain tuning's P; None where P is 0.
+
+    Its standard error follows from theirs by error propagation: √(σ_L² + (L/P)² σ_P²) / |P|.
+    """
     if plain.value == 0:
         return None
     ratio = lavender.value / plain.value
@@ -81,7 +93,7 @@ def relative(plain: Score, lavender: Score) -> Relative | None:
 
 
 def spell(scores: list[Score]) -> str:
-    """ "0.375 (0.0775)", with "± half" behind it where there are several runs; "–" for none."""
+    """ "0.375 (0.078)": the mean, and its standard error in brackets. Several runs give "0.6 ± 1.3 (0.03)"; none give "–"."""
     if not scores:
         return "–"
     value, error = mean(scores)
@@ -91,7 +103,10 @@ def spell(scores: list[Score]) -> str:
 
 
 def write(out: Path, scores: dict[str, list[Scores]], models: list[dict[str, Any]], command: str) -> str:
-    """benchmarks.md, .json and .png; returns the table. `scores` are {name of a model: its runs}."""
+    """Writes benchmarks.md, benchmarks.json and benchmarks.png into the folder `out`, and returns the table.
+
+    `scores` is {name of a model: the scores of each of its runs}. The picture is left out where nothing can be compared.
+    """
     rows = list(dict.fromkeys(row for runs in scores.values() for run in runs for row in run))
     of_row = {row: {name: [run[row] for run in runs if row in run] for name, runs in scores.items()} for row in rows}
     gains = {row: relative(mean(of[PLAIN]), mean(of[LAVENDER])) for row, of in of_row.items()
@@ -125,7 +140,7 @@ def write(out: Path, scores: dict[str, list[Scores]], models: list[dict[str, Any
 
 
 def draw_bars(path: Path, gains: dict[str, Relative]) -> None:
-    """A bar a benchmark, in percent; the whisker is one standard error."""
+    """A bar for each row of the table, in percent. Its whiskers are one standard error long, each way."""
     figure = Figure(figsize=(6.4, 0.9 + 0.34 * len(gains)), layout="constrained")
     axis = figure.subplots()
     rows = list(gains)[::-1]

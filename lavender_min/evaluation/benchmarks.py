@@ -1,11 +1,12 @@
-"""Benchmarks of the field, by lmms-eval: the untuned host, plain tuning and Lavender on its tasks, and the paper's Fig. 15.
+"""Public benchmarks, run by lmms-eval: the untuned host, plain tuning and Lavender on its tasks, and the paper's Fig. 15.
 
     python evaluate.py --benchmarks mme,pope --plain runs/a --lavender runs/b --out runs/benchmarks
 
-lmms-eval runs in a process of its own, with an interpreter of its own, and reads a folder as any other: each model is merged and
-exported first, one at a time, and the export is removed when its last task is done. Every task of every model leaves lmms-eval's
-own JSON in OUT/<model>/<task>.json. What is there is not run again, so a comparison that was killed goes on at the task in which
-it was; lmms-eval keeps no answers of a task that it has not finished.
+lmms-eval runs in a process of its own, with an interpreter of its own, and loads a model from an ordinary folder. So each model is
+merged and exported to OUT/<model>/exported, one at a time, and that folder is removed when the model's last task is done.
+
+lmms-eval's JSON of each task is kept as OUT/<model>/<task>.json. A task whose JSON is there is not run again, so the same command
+continues a comparison that was killed. The task at which it was killed starts anew, as lmms-eval keeps no answers of it.
 """
 
 import hashlib
@@ -31,23 +32,25 @@ from lavender_min.tuning import export
 
 
 class Model(NamedTuple):
-    # UNTUNED, PLAIN or LAVENDER
+    """The untuned host, or one run."""
+
+    # UNTUNED, PLAIN or LAVENDER: the runs of several seeds share it.
     name: str
-    # Hub id or folder of the host that was tuned.
+    # Hub id or folder of the host.
     vlm: str
-    # The run's folder; None for the host as it is.
+    # The run's folder; None for the untuned host.
     run: str | None
 
     @property
     def folder(self) -> str:
-        """The name of its folder in OUT: its own path, in one word."""
+        """The name of its folder in OUT: the model's own path, without slashes."""
         return (self.run or self.vlm).strip("./").replace("/", "__")
 
 
 def benchmark(flags: Flags, command: str) -> None:
-    """Runs what is missing, then prints and writes the comparison; `command` is its command line.
+    """Runs the tasks that are missing, then prints and writes the comparison; `command` is its command line, for the reader.
 
-    Raises ValueError, in one line, if lmms-eval cannot be had or does not know the family, and at the end if a task left no result.
+    Raises ValueError, in one line, if lmms-eval is not there or cannot load such hosts, and at the end if a task left no result.
     """
     tasks, out = named(str(flags.benchmarks)), Path(flags.out)
     models = models_of(flags)
@@ -72,7 +75,7 @@ def benchmark(flags: Flags, command: str) -> None:
 
 
 def models_of(flags: Flags) -> list[Model]:
-    """The untuned host and the finished runs, which must have tuned the same host."""
+    """The untuned host and the finished runs. Raises ValueError for runs of several hosts, or of several settings of Lavender."""
     finished = recall_all(flags.plain, flags.lavender)
     if len(found := settings({run.report.name for run in finished})) > 1:
         raise ValueError(
@@ -87,7 +90,7 @@ def models_of(flags: Flags) -> list[Model]:
 
 
 def interpreter(python: str) -> str:
-    """Raises ValueError, in one line, if `python` cannot be started or has no lmms-eval."""
+    """The path of the interpreter `python`. Raises ValueError, in one line, if it cannot be found or has no lmms-eval."""
     ask = "import importlib.util, sys; sys.exit(importlib.util.find_spec('lmms_eval') is None)"
     found = shutil.which(python)
     if found is None or subprocess.run([found, "-c", ask]).returncode:
@@ -99,7 +102,7 @@ def interpreter(python: str) -> str:
 
 
 def say_what_differs(asked: str, tasks: list[str]) -> None:
-    """What the reader must know before hours pass."""
+    """Says on stderr, before hours pass, which of the paper's benchmarks are left out, and which need a key of OpenAI's."""
     if "paper" in asked.split(","):
         say(f"lmms-eval has no task for {', '.join(one.title for one in PAPER if not one.task)}")
     judged = [one.title for one in PAPER if one.judged and one.task in tasks]
@@ -129,7 +132,7 @@ def run_model(
             # Every weight was tuned, so the run is a host of its own.
             base, adapter = model.run, None
         export.write(base, adapter, weights)
-        complete(weights, model_type)
+    complete(weights, model_type)
     for task in missing:
         run_task(task, weights, folder, start, more)
     shutil.rmtree(weights)
@@ -137,12 +140,18 @@ def run_model(
 
 
 def fingerprint(model: Model) -> str:
-    """Which weights these are: the digest of what the Trainer logged, of which no two runs log the same; "" for the host."""
+    """Tells a run's weights from another's in the same folder, without reading them: the SHA-256 of what the Trainer logged.
+
+    Two runs log different losses. "" for the untuned host.
+    """
     return hashlib.sha256((Path(model.run) / "trainer_state.json").read_bytes()).hexdigest() if model.run else ""
 
 
 def complete(weights: Path, model_type: str) -> None:
-    """Names the processor's part for videos in a folder that says nothing of one, so that it loads where torchvision is."""
+    """Names the processor's class for videos in processor_config.json, if that names none and the wrapper needs one.
+
+    A processor that was saved without torchvision names none, and then cannot be loaded where torchvision is, as beside lmms-eval.
+    """
     file = weights / "processor_config.json"
     held = read_json(file, dict)
     if model_type in VIDEO_PARTS and "video_processor" not in held:
@@ -151,7 +160,7 @@ def complete(weights: Path, model_type: str) -> None:
 
 
 def run_task(task: str, weights: Path, folder: Path, start: list[str], more: list[str]) -> None:
-    """One task in a process of its own, whose result becomes `folder`/<task>.json when it is whole."""
+    """Runs one task in a process of its own. If that leaves a result, it becomes `folder`/<task>.json."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     aside = folder / f".tmp-{task}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -159,7 +168,7 @@ def run_task(task: str, weights: Path, folder: Path, start: list[str], more: lis
     words += ["--batch_size", "1", "--output_path", str(aside), *more]
     print(f"── {folder.name}: {task}", flush=True)
     subprocess.run(words)
-    # Its exit code is 0 whatever happened.
+    # lmms-eval's exit code is 0 even after an error, so only a result tells that the task was finished.
     for result in aside.rglob("*_results.json"):
         os.replace(result, folder / f"{task}.json")
     shutil.rmtree(aside, ignore_errors=True)

@@ -1,11 +1,12 @@
-"""Does a map's contrast tell whether it is right? What `train.py --trust` builds on, measured where the truth is known.
+"""Does a map's contrast tell whether it is right? `train.py --trust` relies on that, and here it is measured.
 
     python -m lavender_min.evaluation.calibration --data toy --maps maps/toy maps/toy-paper
     python -m lavender_min.evaluation.calibration --data flickr30k --entities DIR
 
-For each store of maps: over the words of answers that have a mask, how often the map's largest cell lies inside it, by fifths of
-the words, from the flattest maps to the sharpest; and the AUC, how likely it is that of a right and a wrong map the right one has
-the higher contrast (0.5: contrast tells nothing; 1: everything). A table, and a plot beside it.
+A map is right if its largest cell lies inside its word's mask; words of answers that have a mask are measured. For each store, its
+maps are sorted by contrast and cut into fifths, from the flattest to the sharpest. The table says which share of each fifth is
+right. It also gives the AUC: the probability that, of one right and one wrong map, the right one has the higher contrast. At 0.5
+contrast tells nothing, at 1 everything. A plot shows the same.
 """
 
 import sys
@@ -31,34 +32,39 @@ FIFTHS = 5
 
 
 class Calibration(NamedTuple):
+    """What is measured of one store."""
+
     words: int
-    right: float  # share of all words
+    # Share of all words whose map is right.
+    right: float
     auc: float
-    by_fifth: list[float]  # share right, the flattest maps first
+    # The same share in each fifth, the flattest maps first.
+    by_fifth: list[float]
 
 
 def auc(scores: Float[Tensor, " m"], right: Bool[Tensor, " m"]) -> float:
-    """Mann and Whitney's: of all pairs of a right and a wrong word, the share in which the right one scores higher.
+    """Mann and Whitney's statistic: of all pairs of a right and a wrong word, the share in which the right one scores higher.
 
-    A tie counts half. Not a number where no word is right, or none wrong.
+    A tie counts half. The result is NaN if no word is right, or none is wrong.
     """
     _, place, counts = scores.unique(return_inverse=True, return_counts=True)
     # The mean rank, counted from 1, of the words that share a value.
     ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[place]
-    n, m = int(right.sum()), int((~right).sum())
-    if not n or not m:
+    rights, wrongs = int(right.sum()), int((~right).sum())
+    if not rights or not wrongs:
         return float("nan")
-    return float((ranks[right].sum() - n * (n + 1) / 2) / (n * m))
+    # If every right word scored lowest, their ranks would sum to rights · (rights + 1) / 2. Each pair that is won adds 1.
+    return float((ranks[right].sum() - rights * (rights + 1) / 2) / (rights * wrongs))
 
 
 def calibrate(maps: Float[Tensor, "m g g"], masks: Bool[Tensor, "m g g"]) -> Calibration:
-    """Raises ValueError for fewer words than fifths."""
+    """How right the maps are, by their contrast. Raises ValueError for fewer than five words."""
     if len(maps) < FIFTHS:
         raise ValueError(f"{len(maps)} words with a mask cannot be cut into fifths")
-    # A map whose largest value lies half inside is no more right than wrong.
+    # Several cells may be equally large. The map is right if more than half of them lie inside.
     right, scores = pointing(maps, masks) > 0.5, contrast(maps.float())
     parts = right[scores.argsort(stable=True)].double().tensor_split(FIFTHS)
-    return Calibration(len(maps), float(right.double().mean()), auc(scores, right), [float(p.mean()) for p in parts])
+    return Calibration(len(maps), float(right.double().mean()), auc(scores, right), [float(of.mean()) for of in parts])
 
 
 @dataclass
@@ -73,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(flags: Flags) -> None:
+    """Measures every store, prints the table, and draws the plot."""
     examples = data.load(flags.data, flags.data_root, flags.split, entities=flags.entities)
     found = {}
     for folder in map(Path, flags.maps or [f"maps/{flags.data}"]):
@@ -90,10 +97,12 @@ def report(flags: Flags) -> None:
 
 
 def draw(path: Path, found: dict[str, Calibration]) -> None:
+    """A line for each store: the share of right maps in each fifth."""
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, one in found.items():
-        axes.plot(range(1, FIFTHS + 1), [100 * s for s in one.by_fifth], marker="o", label=f"{name}, AUC {one.auc:.2f}")
+        percent = [100 * share for share in one.by_fifth]
+        axes.plot(range(1, FIFTHS + 1), percent, marker="o", label=f"{name}, AUC {one.auc:.2f}")
     axes.set(xlabel="fifth of the words, by contrast", ylabel="maps that point right, %", ylim=(0, 100))
     axes.set_xticks(range(1, FIFTHS + 1))
     figure.legend(loc="outside right upper", fontsize="small")

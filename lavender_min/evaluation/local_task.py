@@ -1,10 +1,10 @@
 """One's own questions as a task of lmms-eval, beside its benchmarks.
 
-    python -m lavender_min.evaluation.local_task tasks --data toy --split heldout --limit 60
+    python -m lavender_min.evaluation.local_task --data toy --split heldout --limit 60 --out tasks
     python evaluate.py --benchmarks local_toy --bench "--include_path tasks" --plain runs/toy-plain --lavender runs/toy-lora
 
-The folder holds what lmms-eval reads: a YAML file that describes the task, a function that takes the picture out of a row, and
-the rows themselves as a `datasets` folder. An answer is right if it is the true one but for case and punctuation.
+The folder holds what lmms-eval reads: local_toy.yaml, which describes the task; local_toy.py, whose function takes the picture out
+of a row; and the rows, a data set saved by `datasets`. An answer is right if it equals the true one but for case and punctuation.
 """
 
 import sys
@@ -47,9 +47,9 @@ def picture(row):
 
 
 def write_task(folder: Path, name: str, examples: Sequence[Example], longest: int = 16) -> None:
-    """The questions among the examples as the task `name`, in `folder`; an answer is cut after `longest` tokens.
+    """Writes the questions among the examples into `folder`, as the task `name`. An answer is cut after `longest` tokens.
 
-    Raises ValueError if none of them is a question.
+    Raises ValueError if none of the examples is a question.
     """
     asked = [example for example in examples if example.question]
     if not asked:
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def make() -> None:
         flags = cli.parse(Flags, PROG, __doc__, argv)
         examples = data.load(flags.data, flags.data_root, flags.split)
+        # --limit counts questions. Where there are none, `write_task` says so.
         asked = [example for example in examples if example.question][: flags.limit]
         write_task(Path(flags.out), f"local_{flags.data}", asked or examples, flags.longest)
 

@@ -1,13 +1,15 @@
-"""How well the models write, on any data set's validation part: no maps and no regions are needed.
+"""How well the models write, on the held-out part of any data set: no maps and no regions are needed.
 
     python evaluate.py --data flickr30k --text val --plain runs/a --lavender runs/b
     python evaluate.py --data folder --text 0.05 --plain runs/a --lavender runs/b       what train.py --eval_share 0.05 held out
 
-Captions are measured against all captions of their picture: BLEU-4 (Papineni 2002; sacrebleu) and CIDEr (Vedantam 2015, the
-CIDEr-D that is reported everywhere; pycocoevalcap), as in the paper's Fig. 9 and 10. Answers to questions are right or wrong.
+Captions are measured against all captions of their picture by BLEU-4 (Papineni 2002, computed by sacrebleu) and CIDEr (Vedantam
+2015, computed by pycocoevalcap, in the variant CIDEr-D that papers report), as in the paper's Fig. 9 and 10. Answers to questions
+are right or wrong.
 
-Words are those of sacrebleu's "13a", in lower case, without the marks that COCO's evaluation drops. COCO's own tokenizer is a Java
-program; the two part a text differently in rare cases only, so figures are close to published ones and not the same to the digit.
+Texts are cut into words by sacrebleu's tokenizer "13a", in lower case, without the punctuation that COCO's evaluation drops.
+COCO's own tokenizer is a Java program. The two differ in rare cases only, so numbers are close to published ones, but not equal to
+the digit.
 """
 
 import importlib.util
@@ -27,19 +29,24 @@ from lavender_min.failing import say
 from lavender_min.tuning.flags import ModelFlags
 from lavender_min.tuning.parts import share_out
 
-# What COCO's evaluation leaves out of captions (PUNCTUATIONS in pycocoevalcap's ptbtokenizer.py).
+# The punctuation that COCO's evaluation leaves out of captions (PUNCTUATIONS in pycocoevalcap's ptbtokenizer.py).
 MARKS = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", "(", ")", "{", "}", '"'}
 
 
 class Captions(NamedTuple):
-    """Pictures to be described: an example of each, and all that people said of it."""
+    """Pictures to be described."""
 
+    # One example a picture.
     examples: list[Example]
+    # All captions that people gave to each picture.
     references: list[list[str]]
 
 
 def compare_texts(flags: Flags, command: str) -> None:
-    """Prints the table, and writes it and every reply into the folder --out. Raises ValueError for libraries that are missing."""
+    """Prints the table, and writes it and every reply to OUT/text.md and OUT/text.json.
+
+    `command` is its command line, for the reader. Raises ValueError, in one line, if a library is missing.
+    """
     require()
     examples = held_out(flags)
     captions, questions = captions_of(examples), [example for example in examples if example.question]
@@ -51,13 +58,13 @@ def compare_texts(flags: Flags, command: str) -> None:
     said: list[dict[str, str | list[str]]] = []
     for name, of, folder in subjects:
         loaded = models.load(of, models.half_of_gpu(), folder)
-        replies = [
-            models.answer(loaded.model, loaded.processor, some, flags.batch_size, f"{folder or name}: {what}")
+        replies = {
+            what: models.answer(loaded.model, loaded.processor, some, flags.batch_size, f"{folder or name}: {what}")
             for what, some in (("captions", captions.examples), ("answers", questions))
-        ]
-        numbers = caption_numbers(replies[0], captions.references) | answer_numbers(questions, replies[1])
-        found.setdefault(name, []).append(numbers)
-        said.append({"model": folder or name, "captions": replies[0], "answers": replies[1]})
+        }
+        numbers = caption_numbers(replies["captions"], captions.references)
+        found.setdefault(name, []).append(numbers | answer_numbers(questions, replies["answers"]))
+        said.append({"model": folder or name, **replies})
 
     columns = {key: title(key) for key in found[UNTUNED][0]}
     parts = [tables.models_table(found, "", columns), tables.differences_table(found)]
@@ -72,20 +79,23 @@ def compare_texts(flags: Flags, command: str) -> None:
 
 
 def require() -> None:
-    """Raises ValueError, in one line, if a library is not installed."""
+    """Raises ValueError, in one line, if a library that --text needs is not installed."""
     for name in ("sacrebleu", "pycocoevalcap"):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"--text needs the package {name}: pip install 'lavender-min[text]'")
 
 
 def held_out(flags: Flags) -> list[Example]:
-    """The validation part that --text names, up to --scenes pictures of it, with all captions of each."""
+    """The examples of the first --scenes pictures of the part that --text names, with all captions of each.
+
+    That part is a split, "all" of a data set without splits, or the share that train.py --eval_share held out.
+    """
     part, options = str(flags.text), SOURCES[flags.data].options
-    # With one caption a picture a model would be compared with the taste of one person.
+    # A single caption a picture would compare a model with the wording of one person.
     captions = "all" if "captions" in options else None
     share = flags.text_share
-    split = None if share is not None or part == "all" and "split" not in options else part
-    examples = data.load(flags.data, flags.data_root, split, captions)
+    whole = share is not None or (part == "all" and "split" not in options)
+    examples = data.load(flags.data, flags.data_root, None if whole else part, captions)
     if share is not None:
         examples = share_out(examples, share).held_out
     pictures = len({picture_of(example) for example in examples})
@@ -95,7 +105,7 @@ def held_out(flags: Flags) -> list[Example]:
 
 
 def captions_of(examples: list[Example]) -> Captions:
-    """The examples without a question, one a picture, in their order."""
+    """The captions among the examples, put together by picture; pictures keep their order."""
     of_picture: dict[str, list[Example]] = {}
     for example in examples:
         if not example.question:
@@ -116,10 +126,13 @@ def words_of(text: str) -> str:
 
 
 def bleu(replies: list[str], references: list[list[str]]) -> float:
-    """BLEU-4 of a corpus in percent; the length of a reply is compared with its picture's reference of the nearest length."""
+    """BLEU-4 of all replies together, in percent. `references` are the captions of each reply's picture.
+
+    Brevity is penalised: the length of all replies is compared with that of the references nearest in length to each.
+    """
     from sacrebleu.metrics import BLEU
 
-    # One stream a reference; None where a picture has fewer.
+    # sacrebleu wants the first references of all pictures, then the second ones, …; None where a picture has no more.
     longest = max(map(len, references))
     streams: list[Any] = [[words_of(of[i]) if i < len(of) else None for of in references] for i in range(longest)]
     metric = BLEU(tokenize="none", smooth_method="none", force=True)
@@ -127,9 +140,10 @@ def bleu(replies: list[str], references: list[list[str]]) -> float:
 
 
 def cider(replies: list[str], references: list[list[str]]) -> float:
-    """CIDEr-D, 100 times its mean over pictures, as papers print it; at most 1,000.
+    """CIDEr-D: 100 times its mean over pictures, as papers print it; at most 1,000.
 
-    A word or phrase counts the less the more pictures' references hold it: in a single picture nothing counts, and the result is 0.
+    An n-gram weighs less the more pictures have it in their references, and nothing if all have it. So CIDEr of a single picture
+    is 0.
     """
     from pycocoevalcap.cider.cider import Cider
 
@@ -139,7 +153,7 @@ def cider(replies: list[str], references: list[list[str]]) -> float:
 
 
 def caption_numbers(replies: list[str], references: list[list[str]]) -> Numbers:
-    """Both measures; nothing where there are no captions."""
+    """BLEU and CIDEr; {} where there are no captions."""
     if not replies:
         return {}
     return {"bleu.captions": bleu(replies, references), "cider.captions": cider(replies, references)}

@@ -1,11 +1,11 @@
-"""Claims about tuning with aligned attention, run in small where the truth is known, and judged by what came out.
+"""Claims about tuning with aligned attention: tried on the toy world, where the truth is known, and judged by what came out.
 
     python -m lavender_min.ledger plan                    what is to be run, and how long it takes; runs nothing
     python -m lavender_min.ledger run --processes 2       runs what is missing; stopped or killed, it goes on where it was
     python -m lavender_min.ledger report                  docs/claims.md and its figures, from what is there
 
-The claims stand in lavender_min/ledger/experiments/, one a file. --quick takes short trainings and few seeds: it shows that all
-of it works, and no verdict of it means anything.
+The claims stand in lavender_min/ledger/experiments/, one a file. With --quick trainings are short and seeds are few. That shows
+that everything works, but its verdicts mean nothing.
 """
 
 import os

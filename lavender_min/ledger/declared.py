@@ -1,4 +1,4 @@
-"""The declarations of experiments/*.toml, read through the shapes below."""
+"""The declarations in experiments/*.toml: shared.toml is read as a `Setup`, every other file as a `Claim`."""
 
 import tomllib
 from pathlib import Path
@@ -9,61 +9,68 @@ from lavender_min.ledger.verdicts import Contrast
 
 FOLDER = Path(__file__).parent / "experiments"
 SHARED = "shared.toml"
-# Flags of train.py.
+# {flag of train.py: value}, without the dashes.
 Values = dict[str, Any]
 
 
 class Arm(NamedTuple):
-    """One way to tune a host, or something that is measured as it is."""
+    """One way to tune a host; or, if it is not `tuned`, what tuned hosts are compared with."""
 
+    # What tables and figures call it.
     about: str
-    # Another arm, from which it takes over whatever it does not say itself.
+    # Another arm, from which this one takes whatever it does not say itself (see `inherited`).
     like: str = ""
-    # sd: Stable Diffusion's; masks: exact; sd-swapped: Stable Diffusion's with two of the four tiles exchanged.
+    # The targets. sd: Stable Diffusion's maps; masks: exact masks; sd-swapped: sd with two of the four tiles exchanged.
     maps: Literal["sd", "masks", "sd-swapped"] = "sd"
-    # The choice whose best trial gives the flags that `flags` leaves open.
+    # The name of a `Choice`. Its best trial gives flags, which `flags` may override.
     choice: str = ""
     flags: Values = {}
-    # Several trainings, each of which goes on with what the one before it left, and what each changes of `flags`.
+    # Several trainings in a row, each of which continues the one before; an entry holds what its training changes of `flags`.
     stages: list[Values] = []
-    # What is measured: a host after training, a host as it is, or a store of maps.
+    # What is measured: a host after tuning, a host as it is, or the maps themselves.
     measured: Literal["tuned", "untuned", "maps"] = "tuned"
 
 
 class Choice(NamedTuple):
-    """Settings that are chosen once, by the answers on a validation split, each time among the same number of trials."""
+    """Flags that are chosen once a host, by the most right answers on the validation split."""
 
     about: str
-    # The arm that is tried, its `choice` left out.
+    # The arm that is run with each trial's flags.
     arm: str
+    # As many in every choice, so that no arm is tried more often than another.
     trials: list[Values]
 
 
 class Pace(NamedTuple):
-    """Seconds on one core, measured: from these the planned time is computed."""
+    """How many seconds things take with a host on one core. They were measured, and `plan.seconds` computes with them."""
 
+    # What every run takes once, such as loading the host.
     start: float
+    # One training step.
     step: float
+    # One question answered.
     answer: float
-    # Of one text whose maps are read.
+    # One text whose maps are read.
     maps: float
 
 
 class Setup(NamedTuple):
-    """What all experiments share."""
+    """What all claims share: shared.toml."""
 
+    # {folder in toy/models: kind of host}
     hosts: dict[str, str]
     seeds: list[int]
-    # Scenes of each split whose questions are answered. Maps are read on the first.
+    # {split: number of scenes}: what is measured when a run ends. All questions are answered, and maps are read on the first split.
     measured: dict[str, int]
-    # Scenes of the first of them that are measured at each checkpoint, of these arms.
+    # The arms that are measured at each checkpoint too, and on how many scenes of the first split.
     curve_scenes: int
     curves: list[str]
-    # The split that choices are made on, its scenes, and their seed.
+    # {split: number of scenes}, one entry: where choices are made, by runs that all have the seed `choice_seed`.
     validation: dict[str, int]
     choice_seed: int
+    # Flags of every training.
     common: Values
-    # What arms have that train adapters, all but those with --full.
+    # Flags of every training without --full: those that train adapters.
     adapters: Values
     choices: dict[str, Choice]
     arms: dict[str, Arm]
@@ -71,28 +78,29 @@ class Setup(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What is claimed, and what would count as holding."""
+    """What is claimed, and what would count as holding: one file."""
 
     number: int
     title: str
-    # The figure or sentence of the paper that it answers.
+    # The figure or section of the paper whose claim this is.
     paper: str
     hosts: list[str] = []
-    # In the table, beside the arms of its contrasts.
+    # Rows of its table, beside the arms of its contrasts.
     arms: list[str] = []
-    # The measures in the table.
+    # Columns of its table: names of measures (see `measures`).
     shown: list[str] = []
     contrasts: list[Contrast] = []
-    # What it would need that is not shipped; it is not run then.
+    # What would be needed to run the claim, but does not ship; "" for a claim that is run.
     needs: str = ""
+    # What a reader must know, printed behind the verdict.
     note: str = ""
-    # The arms that plain tuning and exact masks stand for in its table.
+    # Its arms of plain tuning and of exact masks as targets: those that are tuned on as many scenes as its other arms.
     plain: str = "plain"
     oracle: str = "oracle"
 
     @property
     def needed(self) -> list[str]:
-        """The names of all its arms, each once."""
+        """The names of all arms to be run for it, each once."""
         if self.needs:
             return []
         compared = [arm for contrast in self.contrasts for arm in (*contrast.plus, *contrast.minus)]
@@ -105,13 +113,17 @@ def read_toml(file: Path, shape: Any) -> Any:
 
 
 def setup(quick: bool = False, folder: Path = FOLDER) -> Setup:
-    """Raises ValueError, which names the file, for what cannot be. `quick` takes what stands under [quick] instead."""
+    """The shared declarations. With `quick`, entries under [quick] take the place of those of the same name.
+
+    Raises ValueError, which names the file, for a wrong value, and for an arm, a choice or a pace that is missing.
+    """
     file = folder / SHARED
     with naming(file):
         content = tomllib.loads(file.read_text(encoding="utf-8"))
         changed = content.pop("quick", {})
         if quick:
             for name, value in changed.items():
+                # The flags that [quick] does not name stay.
                 content[name] = {**content[name], **value} if name == "common" else value
         found: Setup = shaped(content, Setup, file)
         arms = {name: inherited(found.arms, name) for name in found.arms}
@@ -124,7 +136,10 @@ def setup(quick: bool = False, folder: Path = FOLDER) -> Setup:
 
 
 def inherited(arms: dict[str, Arm], name: str) -> Arm:
-    """The arm with all that it takes over."""
+    """The arm, filled in with what it takes from the arm that it is `like`. Flags are merged one by one.
+
+    A field that has its default value counts as not said.
+    """
     if name not in arms:
         raise ValueError(f"there is no arm {name}")
     arm = arms[name]
@@ -136,7 +151,10 @@ def inherited(arms: dict[str, Arm], name: str) -> Arm:
 
 
 def claims(setup: Setup, only: int | None = None, folder: Path = FOLDER) -> list[Claim]:
-    """All claims by number, or the one with that number. Raises ValueError, which names the file, for what cannot be."""
+    """All claims by number, or the one with the number `only`.
+
+    Raises ValueError, which names the file, for a wrong value or an unknown arm or host, and if there is no such number.
+    """
     found: list[Claim] = []
     for file in sorted(folder.glob("*.toml")):
         if file.name != SHARED:
@@ -151,6 +169,7 @@ def claims(setup: Setup, only: int | None = None, folder: Path = FOLDER) -> list
 
 
 def check(claim: Claim, setup: Setup) -> None:
+    """Raises ValueError unless the claim's arms and hosts are declared, and there is something to run and to show."""
     for arm in claim.needed:
         if arm not in setup.arms:
             raise ValueError(f"there is no arm {arm}")

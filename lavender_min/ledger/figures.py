@@ -1,4 +1,4 @@
-"""The figures of the paper, drawn of what the ledger holds. A figure whose runs are missing is left out."""
+"""Figures of the paper, drawn again from what the ledger holds. A figure whose runs are missing is left out."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lavender_min import data, draw
 from lavender_min.evaluation import calibration
 from lavender_min.evaluation import figures as shared
-from lavender_min.evaluation.intervals import interval
+from lavender_min.evaluation.intervals import Interval, interval
 from lavender_min.evaluation.sheet import Sheet, make_sheet
 from lavender_min.failing import read_json
 from lavender_min.ledger import measures, stores
@@ -23,9 +25,11 @@ from lavender_min.maps import MAX_ENTROPY, MapStore
 from lavender_min.toy import data as toy
 
 ANSWERS = "crowd_test/answers.all"
+# The checkpoints of a training.
 QUARTERS = (1, 2, 3, 4)
-# The scenes of one row on which arms were tuned (see experiments/shared.toml).
+# {number of scenes: how the names of the arms that were tuned on so many end}
 SIZES = {64: "_64", 256: "_256", 1024: "", 4096: "_4096"}
+# {--aggregate: the arm that was tuned with it}
 AGGREGATIONS = {
     "learn": "learn_256",
     "layer-mean": "layer_mean",
@@ -37,28 +41,34 @@ COLORS = {"plain": "#e3a04f", "learn": "#7a5cc0", "direct": "#3f8fc0", "oracle":
 
 
 class Data(NamedTuple):
-    """What figures of one host are drawn of."""
+    """What the figures of one host are drawn from.
+
+    An arm that was not run with every seed is a KeyError, by which `draw_all` knows that it is too early for a figure.
+    """
 
     ledger: Ledger
     host: str
 
     def numbers(self, *arms: str) -> dict[str, list[dict[str, float]]]:
-        """Raises KeyError, which `draw_all` takes for "not yet", unless all are there."""
+        """{arm: its numbers, by seed}"""
         found = self.ledger.numbers(self.host, arms)
         return {arm: found[arm] for arm in arms}
 
     def files(self, *arms: str) -> dict[str, list[Path]]:
+        """{arm: the files of its results, by seed}"""
         found = self.ledger.files(self.host, arms)
         return {arm: found[arm] for arm in arms}
 
     def sheet(self) -> Sheet:
+        """The words whose maps were read when runs ended. Its first scenes are those that checkpoints were measured on."""
         split = next(iter(self.ledger.setup.measured))
         store = stores.folder(self.ledger.out, split, "sd")
         return measures.sheet_of(store, split, self.ledger.setup.measured[split])
 
 
 def entropies(of: Data) -> Figure:
-    """Figure 7: how many words have which entropy, summed over seeds."""
+    """Figure 7: a histogram of the entropy of words' maps, all seeds together."""
+    # {arm: the kind of its maps}
     kinds = {"masks": "masks", "teacher": "sd", "untuned": "own", "plain": "own", "learn": "own"}
     figure, axes = one_axes()
     edges = np.linspace(0, MAX_ENTROPY, measures.BINS + 1)
@@ -71,9 +81,10 @@ def entropies(of: Data) -> Figure:
 
 
 def word_over_training(of: Data) -> Figure:
-    """Figure 8: one word's map at each quarter of the training, own and through the Aligner, and the target."""
+    """Figure 8: one word's map at each quarter of the training, own (above) and behind the Aligner (below); and its target."""
     (file, *_) = of.files("learn")["learn"]
     shown, sheet = load_file(file.with_suffix(".safetensors")), of.sheet()
+    # The first word that is chosen is the same on the fewer scenes of the checkpoints.
     word = shared.choose(sheet)[0]
     columns = {f"{quarter}/4": f"curve{quarter}/" for quarter in QUARTERS}
     figure = Figure(figsize=(1.6 * (1 + len(columns)), 3.5), layout="constrained")
@@ -89,18 +100,19 @@ def word_over_training(of: Data) -> Figure:
 
 
 def error_and_answers(of: Data) -> Figure:
-    """Figure 9: a point a checkpoint."""
+    """Figure 9: the error of maps against the share of right answers; a point is one checkpoint of one seed."""
     figure, axes = one_axes()
     for arm, runs in of.numbers("plain", "learn", "direct").items():
         points = [(run[f"curve{q}/mse.own"], 100 * run[f"curve{q}/answers.all"]) for run in runs for q in QUARTERS]
-        axes.scatter(*zip(*points, strict=True), s=14, label=about(of, arm), color=COLORS[arm])
+        errors, answers = zip(*points, strict=True)
+        axes.scatter(errors, answers, s=14, label=about(of, arm), color=COLORS[arm])
     axes.set(xlabel="alignment error (MSE) of own maps", ylabel="answers right, %")
     axes.legend(fontsize=7)
     return figure
 
 
 def improvements(of: Data) -> Figure:
-    """Figure 15: gains over plain tuning, as a share of what plain tuning has, split by split."""
+    """Figure 15: by how much more answers are right than after plain tuning, relative to plain tuning, on each split."""
     splits = list(of.ledger.setup.measured)
     found = of.numbers("plain", "learn", "direct", "oracle")
     figure, axes = one_axes(width=7)
@@ -117,7 +129,7 @@ def improvements(of: Data) -> Figure:
 
 
 def relative(plain: Sequence[dict[str, float]], other: Sequence[dict[str, float]], name: str) -> list[float]:
-    """In percent of the mean of plain tuning, seed by seed."""
+    """other − plain for each seed, in percent of the mean of plain over seeds."""
     base = max(statistics.fmean(run[name] for run in plain), 1e-9)
     return [100 * (b[name] - a[name]) / base for a, b in zip(plain, other, strict=True)]
 
@@ -136,7 +148,7 @@ def scaling(of: Data) -> Figure:
 
 
 def aggregations(of: Data) -> Figure:
-    """Figure 20: answers by the length of training."""
+    """Figure 20: answers by the length of training, for each aggregation."""
     figure, axes = one_axes()
     found = of.numbers(*AGGREGATIONS.values())
     for name, arm in AGGREGATIONS.items():
@@ -148,7 +160,7 @@ def aggregations(of: Data) -> Figure:
 
 
 def aligned_maps(of: Data) -> Figure:
-    """Figure 17: words, and where each looked for them: one seed."""
+    """Figure 17: some words, and where models of the first seed look for them; before these, the picture and the target."""
     columns = [("plain", "own"), ("learn", "own"), ("learn", "aligned"), ("direct", "own"), ("oracle", "own")]
     files = of.files(*dict.fromkeys(arm for arm, _ in columns))
     shown = {arm: load_file(found[0].with_suffix(".safetensors")) for arm, found in files.items()}
@@ -169,7 +181,7 @@ def aligned_maps(of: Data) -> Figure:
 
 
 def trust(of: Data) -> Figure:
-    """How often Stable Diffusion's maps of the tuning scenes are right, by fifths of their contrast."""
+    """How often Stable Diffusion's maps of the first tuning scenes are right, by fifths of their contrast."""
     split = str(of.ledger.setup.common["split"])
     store = MapStore(stores.folder(of.ledger.out, split, "sd"))
     examples = [example for example in data.load("toy", split=split) if example.id in store]
@@ -196,7 +208,7 @@ FIGURES: dict[str, Callable[[Data], Figure]] = {
 
 
 def draw_all(ledger: Ledger, folder: Path) -> list[Path]:
-    """Every figure whose runs are there, of every host that is there."""
+    """Draws every figure whose runs are there, for every host that is shipped. Returns the files."""
     drawn = []
     for host in filter(is_there, ledger.setup.hosts):
         for name, figure_of in FIGURES.items():
@@ -210,21 +222,23 @@ def draw_all(ledger: Ledger, folder: Path) -> list[Path]:
     return drawn
 
 
-def one_axes(width: float = 5) -> tuple:
+def one_axes(width: float = 5) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def error_line(axes, x: Sequence[float], curve: Sequence, label: str, color: str | None) -> None:
+def error_line(axes: Axes, x: Sequence[float], curve: Sequence[Interval], label: str, color: str | None) -> None:
+    """A line through the means, with half an interval as the whiskers."""
     halves = [point.half or 0 for point in curve]
     axes.errorbar(x, [point.mean for point in curve], halves, marker="o", capsize=3, label=label, color=color)
 
 
 def about(of: Data, arm: str) -> str:
+    """An arm's name in legends."""
     return of.ledger.setup.arms[arm].about
 
 
-def picture_of(sheet: Sheet, word: int):
+def picture_of(sheet: Sheet, word: int) -> Image.Image:
     return sheet.examples[sheet.place[word][0]].image()

@@ -1,6 +1,8 @@
 """What is measured of a run.
 
-Numbers are named "split/measure.kind", as "crowd_test/answers.all"; those of the second checkpoint "curve2/…".
+Numbers are named "split/measure.kind", such as "crowd_test/answers.all"; measures and kinds are those of `evaluation.metrics`, and
+"kl". Numbers of maps behind the Aligner have "aligned." before the measure. Those of the second checkpoint have "curve2" in place
+of the split.
 """
 
 from collections.abc import Sequence
@@ -21,24 +23,29 @@ from lavender_min.maps import MAX_ENTROPY, MapStore, entropy
 from lavender_min.tuning import runs
 from lavender_min.tuning.flags import ModelFlags
 
+# Texts at once.
 BATCH = 50
+# Bars of a histogram.
 BINS = 24
-# Of the ideal attention, this share lies evenly over the whole picture: outside of a mask it must not be 0, or KL is infinite.
+# The share of the ideal attention that is spread over the whole picture. If that were 0 outside the mask, KL would be infinite.
 ELSEWHERE = 0.01
 
 
 class Measured(NamedTuple):
+    """What is measured. Kinds of maps are "own" and "aligned" of a host, or `Arm.maps` of a store."""
+
     numbers: Numbers
-    # How many words have an entropy in each of BINS equal parts of 0 … MAX_ENTROPY, by kind of map.
+    # {kind of map: how many words have an entropy in each of BINS equal parts of 0 … MAX_ENTROPY}
     histograms: dict[str, list[int]]
-    # The maps of the words that are shown (`figures.choose`), by kind.
+    # {kind of map: the maps of the few words that `figures.choose` picks}; at checkpoint 2 the key is "curve2/<kind>".
     shown: dict[str, Float[Tensor, "m g g"]]
 
 
 def of_run(run: Run, store: Path | None, trained: Path | None) -> Measured:
     """All that is measured of a run: at its end on every split, and on a few scenes at each of its checkpoints.
 
-    `store` holds Stable Diffusion's maps of the split whose maps are read, `trained` is the folder that the training left.
+    `store` holds Stable Diffusion's maps of the split `run.mapped`; None if no maps are read. `trained` is the folder that the
+    training left; None if nothing was trained.
     """
     if run.kind == "maps":
         return of_store(run.maps, sheet_of(store, run.mapped, run.measured[run.mapped], run.part), run.mapped)
@@ -61,47 +68,51 @@ def of_run(run: Run, store: Path | None, trained: Path | None) -> Measured:
     )
 
 
-def merged(dicts: Sequence[dict[str, Any]]) -> Any:
+def merged(dicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {name: value for one in dicts for name, value in one.items()}
 
 
 def load(flags: ModelFlags, trained: Path | None) -> models.Loaded:
+    """The host that `flags` name, in float32; as the run or checkpoint in the folder `trained` has tuned it, if given."""
     return models.load(flags, torch.float32, None if trained is None else str(trained))
 
 
 def checkpoints(trained: Path | None) -> list[Path]:
+    """The checkpoints of a training, by their step."""
     found = [] if trained is None else list(trained.glob("checkpoint-*"))
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def of_checkpoint(found: Measured, name: str) -> Measured:
-    """Under the checkpoint's name in place of the split's; without histograms."""
+    """What was measured of a checkpoint, without histograms: `name`, such as "curve2/", stands in place of the split."""
     numbers = {name + key.partition("/")[2]: value for key, value in found.numbers.items()}
     return Measured(numbers, {}, {name + kind: maps for kind, maps in found.shown.items()})
 
 
 def part_of(examples: list[Example], number: int, parts: int) -> list[Example]:
-    """Every `parts`-th picture's examples, from picture `number` on."""
+    """The examples of every `parts`-th picture, from picture `number` on, counted from 0."""
     pictures = list(dict.fromkeys(map(picture_of, examples)))
     chosen = set(pictures[number::parts])
     return [example for example in examples if picture_of(example) in chosen]
 
 
 def examples_of(split: str, scenes: int, part: tuple[int, int] = (0, 1)) -> list[Example]:
+    """The examples of the first `scenes` scenes of a split, or of a part of them (`Run.part`)."""
     return part_of(first_pictures(data.load("toy", split=split), scenes), *part)
 
 
 def sheet_of(store: Path | None, split: str, scenes: int, part: tuple[int, int] = (0, 1)) -> Sheet:
-    """Raises ValueError if there is no store."""
+    """These examples, and the words of their answers that have a region. Raises ValueError if there is no store."""
     if store is None:
         raise ValueError(f"the maps of {split} are read, and there is no store of them")
     return make_sheet(examples_of(split, scenes, part), MapStore(store))
 
 
 def kl(maps: Float[Tensor, "m g g"], masks: Bool[Tensor, "m g g"]) -> Float[Tensor, " m"]:
-    """KL(p ‖ p*) in nats (appendix B.4, Eq. 24 and 25): how far each map is from attention spread evenly over its mask.
+    """KL(p ‖ p*) in nats (appendix B.4, Eq. 24 and 25): how far each map p is from the ideal attention p*.
 
-    p* is known here: (1 − ELSEWHERE) of it lies evenly in the mask, ELSEWHERE evenly over the picture.
+    The paper does not know p*. Here the masks are known, so it is declared: 1 − ELSEWHERE of it is spread evenly over the mask, and
+    ELSEWHERE evenly over the picture. Maps are scaled to sum to 1 first.
     """
     cells = maps[0].numel()
     p = maps.flatten(1) / maps.flatten(1).sum(1, keepdim=True).clamp(min=1e-30)
@@ -111,22 +122,24 @@ def kl(maps: Float[Tensor, "m g g"], masks: Bool[Tensor, "m g g"]) -> Float[Tens
 
 
 def of_maps(maps: Float[Tensor, "m g g"], sheet: Sheet) -> Numbers:
+    """What evaluate.py measures of maps, and KL to the mask."""
     return metrics.map_numbers(maps, sheet) | metrics.by_kind("kl", kl(maps, sheet.masks), sheet)
 
 
 def histogram(maps: Float[Tensor, "m g g"]) -> list[int]:
+    """How many maps have an entropy in each of BINS equal parts of 0 … MAX_ENTROPY."""
     return torch.histc(entropy(maps), BINS, 0, MAX_ENTROPY).int().tolist()
 
 
 def of_store(kind: str, sheet: Sheet, split: str) -> Measured:
-    """Stable Diffusion's maps, or the masks themselves, measured as a host's maps are."""
+    """Stable Diffusion's maps (`kind` "sd") or the masks themselves ("masks"), measured as a host's maps are."""
     maps = sheet.masks.float() if kind == "masks" else sheet.maps
     numbers = {f"{split}/{name}": value for name, value in of_maps(maps, sheet).items()}
     return Measured(numbers, {kind: histogram(maps)}, {kind: maps[figures.choose(sheet)]})
 
 
 def of_host(loaded: models.Loaded, sheet: Sheet, split: str) -> Measured:
-    """Maps, own and through the Aligner, and the answers to the sheet's questions."""
+    """A host's maps, own and behind the Aligner if it has one, and its answers to the sheet's questions."""
     maps = models.read_maps(loaded.model, models.collator(loaded, "whole"), sheet, BATCH)
     numbers = of_maps(maps["own"], sheet)
     if "aligned" in maps:
@@ -138,6 +151,7 @@ def of_host(loaded: models.Loaded, sheet: Sheet, split: str) -> Measured:
 
 
 def answers(loaded: models.Loaded, examples: list[Example], split: str) -> Numbers:
+    """The shares of the examples' questions that are answered right."""
     questions = [example for example in examples if example.question]
     replies = models.answer(loaded.model, loaded.processor, questions, BATCH)
     return {f"{split}/{name}": value for name, value in metrics.answer_numbers(questions, replies).items()}

@@ -1,4 +1,4 @@
-"""The runs that claims need. A run is known by the digest of what decides its result, so that claims share it."""
+"""The runs that claims need. A run is known by a digest of all that decides its result, so claims share the runs of an arm."""
 
 import functools
 import json
@@ -11,34 +11,40 @@ from lavender_min.data import SOURCES
 from lavender_min.ledger.declared import Arm, Claim, Setup, Values
 from lavender_min.toy import data as toy
 
-# A result that was measured in another way, by an older version, is not taken for one of today.
+# Part of each digest. It is raised when runs are measured in another way, so that no older result is taken for a new one.
 VERSION = 1
-# Shipped models lie beside that of the toy data's own host.
+# The folder of the shipped hosts.
 MODELS = Path(SOURCES["toy"].vlm).parent
 
-# (name of a choice, host) ─► the flags of its best trial, None as long as they are not known.
+# (name of a choice, host) ─► the flags of its best trial; None while a trial is still to be run.
 Best = Callable[[str, str], Values | None]
 
 
 class Run(NamedTuple):
+    """One arm on one host with one seed: what is trained, and what is measured."""
+
     arm: str
     host: str
     seed: int
-    kind: str  # Arm.measured
-    # Flags of train.py, stage by stage; folders, seed and host are added when it runs.
+    # `Arm.measured`
+    kind: str
+    # Flags of train.py for each stage; [] if nothing is trained. Folders, seed and host are added by `runs.train`.
     stages: list[Values]
+    # `Arm.maps`
     maps: str
-    # Scenes of each split; maps are read on `mapped`, "" for none.
+    # {split: number of scenes} whose questions are answered.
     measured: dict[str, int]
+    # The split on which maps are read too; "" for none.
     mapped: str
-    # Scenes that are measured at each checkpoint; 0: none.
+    # Scenes that are measured at each checkpoint too; 0 for none.
     curve: int
-    # Which part of the scenes, of how many: what is not tuned has no seeds, so parts of the scenes stand in for them.
+    # (k, n): of n parts of the scenes, the k-th is measured. What is not tuned has no seeds; n parts stand in for n seeds.
     part: tuple[int, int]
 
     @property
     def digest(self) -> str:
-        """The arm's name is for people, and decides nothing."""
+        """The run's name in the ledger's folder: 16 hexadecimal digits."""
+        # The arm's name decides nothing.
         decides = {**self._asdict(), "arm": "", "host": host_digest(self.host), "version": VERSION}
         return sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -52,19 +58,21 @@ def host_folder(host: str) -> Path:
 
 
 def is_there(host: str) -> bool:
+    """Whether a declared host is shipped."""
     return (host_folder(host) / "config.json").exists()
 
 
 @functools.cache
 def host_digest(host: str) -> str:
-    h = sha256()
+    """The SHA-256 of the names and bytes of a host's files."""
+    digest = sha256()
     for file in sorted(host_folder(host).iterdir()):
-        h.update(file.name.encode() + file.read_bytes())
-    return h.hexdigest()
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def stages_of(setup: Setup, arm: Arm, chosen: Values) -> list[Values]:
-    """Stages share the steps of a run."""
+    """The flags of each training of an arm; `chosen` are those of its choice. Its stages share --max_steps equally."""
     adapters = {} if arm.flags.get("full") else setup.adapters
     flags = {**setup.common, **adapters, **chosen, **arm.flags}
     each = {"max_steps": flags["max_steps"] // max(1, len(arm.stages))}
@@ -72,6 +80,7 @@ def stages_of(setup: Setup, arm: Arm, chosen: Values) -> list[Values]:
 
 
 def run_of(setup: Setup, arm_name: str, host: str, seed: int, chosen: Values) -> Run:
+    """The run of an arm; `chosen` are the flags of its choice, {} if it has none."""
     arm = setup.arms[arm_name]
     tuned = arm.measured == "tuned"
     return Run(
@@ -89,7 +98,7 @@ def run_of(setup: Setup, arm_name: str, host: str, seed: int, chosen: Values) ->
 
 
 def trials(setup: Setup, choice: str, host: str) -> list[Run]:
-    """What a choice is made among: answers on the validation split, one seed."""
+    """The runs among which a choice is made: one for each trial, measured by its answers on the validation split."""
     arm = setup.choices[choice].arm
     base = run_of(setup, arm, host, setup.choice_seed, {})
     return [
@@ -105,7 +114,7 @@ def trials(setup: Setup, choice: str, host: str) -> list[Run]:
 
 
 def best_of(setup: Setup, results: Callable[[Run], dict[str, Any] | None]) -> Best:
-    """The trial with the most right answers; of equals the first."""
+    """The choice of the trial with the most right answers; of equals, the first. `results` gives what a finished run left."""
 
     def best(choice: str, host: str) -> Values | None:
         found = [results(run) for run in trials(setup, choice, host)]
@@ -118,19 +127,25 @@ def best_of(setup: Setup, results: Callable[[Run], dict[str, Any] | None]) -> Be
 
 
 def first_trial(setup: Setup) -> Best:
-    """What stands in for a choice that is not made yet, to plan the time."""
+    """The first trial of each choice: it stands in for choices that are not made yet when the time is planned."""
     return lambda choice, host: setup.choices[choice].trials[0]
 
 
 class Plan(NamedTuple):
+    """The runs that are known by now."""
+
     # By digest, in the order in which they are run.
     runs: dict[str, Run]
-    # Whether arms are missing, because their settings are not chosen yet.
+    # Whether some arms are not among them yet, because their choice is not made.
     waiting: bool
 
 
 def plan(setup: Setup, claims: Sequence[Claim], best: Best) -> Plan:
-    """All runs of claims on the hosts that are there: choices first, then seed by seed, so that early figures are of all arms."""
+    """All runs of the claims, on the hosts that are shipped.
+
+    The trials of choices come first, because arms wait for them. Then come all arms with the first seed, with the second, and so
+    on: whenever the work is stopped, all arms have about as many seeds.
+    """
     pairs = list(dict.fromkeys((arm, host) for claim in claims for host in claim.hosts for arm in claim.needed))
     pairs = [(arm, host) for arm, host in pairs if is_there(host)]
     asked = dict.fromkeys((setup.arms[arm].choice, host) for arm, host in pairs if setup.arms[arm].choice)
@@ -147,8 +162,10 @@ def plan(setup: Setup, claims: Sequence[Claim], best: Best) -> Plan:
 
 
 def seconds(setup: Setup, run: Run) -> float:
-    """On one core, from the declared pace of its host."""
+    """How long a run takes on one core, by the declared pace of its host."""
     pace = setup.pace[run.host]
+    if run.kind == "maps":
+        return pace.start
     steps = sum(stage["max_steps"] for stage in run.stages)
     share = 1 / run.part[1]
     texts = {split: scenes * len(toy.SPLITS[split].every) * share for split, scenes in run.measured.items()}
@@ -158,6 +175,4 @@ def seconds(setup: Setup, run: Run) -> float:
         checkpoints = round(1 / run.stages[-1]["save_steps"])
         in_curve = checkpoints * run.curve * len(toy.SPLITS[run.mapped].every)
         answered, mapped = answered + in_curve, mapped + in_curve
-    if run.kind == "maps":
-        return pace.start
     return pace.start + pace.step * steps + pace.answer * answered + pace.maps * mapped

@@ -1,4 +1,4 @@
-"""docs/claims.md: what was claimed, what came out, and the verdict. What stands outside of two marks there is left alone."""
+"""docs/claims.md: what was claimed, what came out, and the verdict. Only the text between two marks in that file is rewritten."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from lavender_min.ledger.verdicts import Contrast, Verdict
 
 BEGIN, END = "<!-- ledger: written by python -m lavender_min.ledger report -->", "<!-- ledger: end -->"
 KL = Measure("KL to the mask", "nats", 1, 3, -1)
-# Where a number is printed by itself: the split's name as readers see it.
+# Splits as the headings of tables name them; "" for the one that most numbers are of.
 SPLITS = {
     "crowd_test": "",
     "crowd_pairs": "new pairs",
@@ -27,12 +27,12 @@ SPLITS = {
 
 class Judged(NamedTuple):
     contrast: Contrast
-    # By host; None where runs are missing.
+    # {host: verdict}; None where runs are missing.
     by_host: dict[str, Verdict | None]
 
 
 def write(ledger: Ledger, page: Path) -> None:
-    """The page and the figures; says where they are."""
+    """Writes the page, and the figures into claims/ beside it. Raises ValueError for a page without the two marks."""
     drawn = figures.draw_all(ledger, page.parent / "claims")
     text = page.read_text(encoding="utf-8") if page.exists() else f"# Claims\n\n{BEGIN}\n{END}\n"
     if BEGIN not in text or END not in text:
@@ -45,6 +45,7 @@ def write(ledger: Ledger, page: Path) -> None:
 
 
 def judged(ledger: Ledger, claim: Claim) -> list[Judged]:
+    """The verdict of each contrast of a claim, on each of its hosts that is shipped."""
     rows = []
     for contrast in claim.contrasts:
         by_host: dict[str, Verdict | None] = {}
@@ -57,7 +58,7 @@ def judged(ledger: Ledger, claim: Claim) -> list[Judged]:
 
 
 def verdict_of(claim: Claim, rows: list[Judged]) -> str:
-    """Of the whole claim; "not run" as long as a run is missing."""
+    """What the page says of the whole claim: its verdict, or "not run" while a run is missing."""
     if claim.needs:
         return "cannot be run here"
     found = [verdict for row in rows for verdict in row.by_host.values()]
@@ -69,14 +70,16 @@ def verdict_of(claim: Claim, rows: list[Judged]) -> str:
 
 
 def generated(ledger: Ledger, drawn: list[Path]) -> str:
+    """All that stands between the marks."""
     rows = {claim.number: judged(ledger, claim) for claim in ledger.claims}
     words = {claim.number: verdict_of(claim, rows[claim.number]) for claim in ledger.claims}
     overview = [[f"{claim.number}. {claim.title}", claim.paper, words[claim.number]] for claim in ledger.claims]
     parts = [
         "## The verdicts",
         f"Written by `ledger/report.py` from the runs; nobody edits a verdict. An effect is a mean over {len(ledger.setup.seeds)} "
-        "seeds ± half its 95 % interval, of pairs of runs that share the seed. *Holds*: the interval lies above 0, in favour of "
-        "the claim. *Does not hold*: it lies below the smallest effect that was declared to matter. *Not clear*: all else.",
+        "seeds ± half its 95 % interval, of pairs of runs that share the seed. *Does not hold*: the whole interval lies below the "
+        "smallest effect that was declared to matter. *Holds*: the whole interval lies above 0, in favour of the claim, and "
+        "reaches that effect. *Not clear*: all else.",
         table(["claim", "what of the paper it answers", "verdict"], overview),
         about(ledger),
         *(section(ledger, claim, rows[claim.number], words[claim.number]) for claim in ledger.claims),
@@ -87,7 +90,7 @@ def generated(ledger: Ledger, drawn: list[Path]) -> str:
 
 
 def about(ledger: Ledger) -> str:
-    """Commits, seeds, hosts, and what was chosen."""
+    """A list: how much was run, by which commits, with which seeds and hosts, and what was chosen."""
     runs = [result for run in ledger.known_plan().runs.values() if (result := ledger.result(run))]
     commits = sorted({result["commit"] for result in runs})
     hours = sum(result["seconds"]["all"] for result in runs) / 3600
@@ -112,6 +115,7 @@ def spelled(flags: dict[str, Any]) -> str:
 
 
 def section(ledger: Ledger, claim: Claim, rows: list[Judged], word: str) -> str:
+    """One claim: its verdict, its contrasts, and for each host a table of its arms."""
     parts = [
         f"### {claim.number}. {claim.title}",
         f"{claim.paper}. **{word[0].upper()}{word[1:]}.** {claim.note}".strip(),
@@ -129,6 +133,7 @@ def section(ledger: Ledger, claim: Claim, rows: list[Judged], word: str) -> str:
 
 
 def effect(contrast: Contrast, verdict: Verdict | None) -> str:
+    """ "+10 ± 2.5 (matters from 2): holds", in the unit of the contrast's measures."""
     if verdict is None:
         return "not run"
     scale = 1.0 if contrast.of == "correlation" else measure_of(contrast.measures[0]).scale
@@ -137,11 +142,13 @@ def effect(contrast: Contrast, verdict: Verdict | None) -> str:
 
 
 def measure_of(name: str) -> Measure:
+    """How the numbers of "crowd_test/aligned.mse.own" are printed: those of the measure "mse"."""
     measure = name.partition("/")[2].removeprefix("aligned.").partition(".")[0]
     return KL if measure == "kl" else MEASURES[measure]
 
 
 def heading(name: str) -> str:
+    """ "pointing game, % (new pairs, colour)" for "crowd_pairs/pointing.color"."""
     split, _, rest = name.partition("/")
     aligned, of = rest.startswith("aligned."), rest.removeprefix("aligned.").partition(".")[2]
     measure = measure_of(name)
@@ -156,24 +163,26 @@ def heading(name: str) -> str:
 
 
 def arms_table(ledger: Ledger, claim: Claim, host: str, found: dict[str, list[dict[str, float]]]) -> str:
+    """A row for each arm that was run, a column for each measure that the claim shows."""
     rows = []
     for arm in claim.needed:
         if arm in found:
             cells = [cell(name, [run[name] for run in found[arm] if name in run]) for name in claim.shown]
             rows.append([ledger.setup.arms[arm].about, *cells])
-    return table([f"{host}", *map(heading, claim.shown)], rows)
+    return table([host, *map(heading, claim.shown)], rows)
 
 
 def cell(name: str, values: list[float]) -> str:
+    """The mean of a measure over seeds ± half its 95 % interval; "–" for an arm that has no such number."""
     if not values:
         return "–"
-    scale, digits = measure_of(name).scale, 1 if measure_of(name).scale == 100 else 3
+    _, _, scale, digits, _ = measure_of(name)
     mean, half = interval(values)
     return f"{mean * scale:.{digits}f}" + ("" if half is None else f" ± {half * scale:.{digits}f}")
 
 
 def bound(claim: Claim, host: str, found: dict[str, list[dict[str, float]]]) -> str:
-    """A sentence where even exact masks gain nothing in the first measure that is shown: no teacher could."""
+    """A sentence if even exact masks gain nothing in the first measure that is shown, as then no teacher could; else ""."""
     name = claim.shown[0]
     if claim.oracle not in found or claim.plain not in found or not measure_of(name).better:
         return ""

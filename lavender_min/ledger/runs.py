@@ -1,13 +1,14 @@
-"""The runs: each is trained, measured, written down as one file, and its weights are thrown away.
+"""The runs: each is trained and measured, its result is written down as one file, and its weights are thrown away.
 
-    OUT/results/<digest>.json          what came out, and what it came from
-    OUT/results/<digest>.safetensors   the maps of a few words, for the figures
-    OUT/tuning/<digest>                a run that is at work, or was stopped: train.py goes on with it
-    OUT/locks/<digest>.lock            who works on it
-    OUT/vision/<host>                  what its frozen tower makes of each picture
+    OUT/results/<digest>.json          the numbers of a finished run, and what it was
+    OUT/results/<digest>.safetensors   its maps of a few words, for the figures
+    OUT/tuning/<digest>                the training of a run that is at work, or was stopped: train.py goes on with it
+    OUT/locks/<digest>.lock            held by the process that works on the run
+    OUT/vision/<host>                  what the host's frozen vision tower makes of each picture, for all runs
+    OUT/maps/<store>                   the maps (stores.py)
 
-A result is written aside and renamed, so it is whole or not there. Any number of processes, started whenever, share a folder:
-a run belongs to whoever holds its lock, which ends with the process, however that ends.
+A result is written aside and renamed, so it is whole or not there. Any number of processes may share the folder OUT, whenever they
+are started. A run belongs to the process that holds its lock, and the system frees the lock when that process ends, even if killed.
 """
 
 import fcntl
@@ -30,26 +31,29 @@ from lavender_min.ledger import stores
 from lavender_min.ledger.declared import Claim, Setup
 from lavender_min.ledger.plan import Run
 
-# Seconds between looks, while what is missing is at work in another process.
+# Seconds to wait before looking again, while other processes work on all runs that are missing.
 PATIENCE = 5
-# Of the package: which code made a result.
+# The folder that the package lies in.
 ROOT = Path(__file__).parents[2]
 
 
 class Ledger(NamedTuple):
+    """The folder OUT, and the declarations whose runs it holds."""
+
     out: Path
     setup: Setup
     claims: Sequence[Claim]
 
     def file(self, run: Run) -> Path:
+        """Where a run's result stands, once it is finished."""
         return self.out / "results" / f"{run.digest}.json"
 
     def result(self, run: Run) -> dict[str, Any] | None:
-        """What a finished run left; None as long as it is not finished."""
+        """The content of a run's `file`; None if it is not there yet."""
         return read_json(self.file(run), dict) if self.file(run).exists() else None
 
     def files(self, host: str, arms: Sequence[str]) -> dict[str, list[Path]]:
-        """The results of each arm, by seed. An arm of which one is missing is left out."""
+        """{arm: the files of its results, by seed}. An arm is left out if one of them is missing."""
         best, found = planning.best_of(self.setup, self.result), dict[str, list[Path]]()
         for arm in arms:
             choice = self.setup.arms[arm].choice
@@ -61,21 +65,22 @@ class Ledger(NamedTuple):
         return found
 
     def numbers(self, host: str, arms: Sequence[str]) -> dict[str, list[dict[str, float]]]:
-        """The measures of each arm, by seed."""
+        """{arm: the numbers in these files, by seed}"""
         found = self.files(host, arms)
         return {arm: [read_json(file, dict)["measures"] for file in of] for arm, of in found.items()}
 
     def known_plan(self) -> planning.Plan:
+        """The runs of all arms whose choices are made, and all trials."""
         return planning.plan(self.setup, self.claims, planning.best_of(self.setup, self.result))
 
     def whole_plan(self) -> planning.Plan:
-        """With the first trials in place of choices that are not made yet."""
+        """The runs of all arms. Where a choice is not made yet, its first trial stands in for the best."""
         best, first = planning.best_of(self.setup, self.result), planning.first_trial(self.setup)
         return planning.plan(self.setup, self.claims, lambda choice, host: best(choice, host) or first(choice, host))
 
 
 def forecast(ledger: Ledger, processes: int) -> str:
-    """How many runs are missing, and how long they take by the declared pace."""
+    """A line: how many runs are missing, and how long they take by the declared pace."""
     runs = ledger.whole_plan().runs.values()
     left = [run for run in runs if not ledger.file(run).exists()]
     hours = sum(planning.seconds(ledger.setup, run) for run in left) / 3600
@@ -84,26 +89,27 @@ def forecast(ledger: Ledger, processes: int) -> str:
 
 
 def work(ledger: Ledger) -> None:
-    """Makes what is missing and no other process is at work on, until nothing is left."""
+    """Makes runs that are missing, until none is. Runs that other processes work on are left to them."""
     while True:
         current = ledger.known_plan()
         missing = [run for run in current.runs.values() if not ledger.file(run).exists()]
         if not missing and not current.waiting:
             return
+        # A list, because `any` of a generator would stop at the first run that was taken.
         if not any([take(ledger, run) for run in missing]):
             time.sleep(PATIENCE)
 
 
 def take(ledger: Ledger, run: Run) -> bool:
-    """Makes one run, unless it is made or another process is at work on it; whether it did."""
+    """Makes one run, unless it is finished or another process works on it. Returns whether it made it."""
     with held(ledger.out / "locks" / f"{run.digest}.lock") as mine:
         # Another process may have finished it a moment ago.
         if not mine or ledger.file(run).exists():
             return False
         began = time.time()
         make(ledger, run)
-    result = ledger.result(run) or {}
-    right = [value for name, value in result["measures"].items() if name.endswith("/answers.all")]
+    numbers = read_json(ledger.file(run), dict)["measures"]
+    right = [value for name, value in numbers.items() if name.endswith("/answers.all")]
     shown = f", {100 * right[0]:.1f} % of the answers right" if right else ""
     say(f"{run.name}: {time.time() - began:.0f} s{shown}; {forecast(ledger, 1)}")
     return True
@@ -111,7 +117,7 @@ def take(ledger: Ledger, run: Run) -> bool:
 
 @contextmanager
 def held(file: Path) -> Iterator[bool]:
-    """Whether the lock could be had. Who has it stands in the file, for people."""
+    """Tries to lock a file while the `with` lasts, and gives whether it could. The file says who holds it, for people to read."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a+") as handle:
         try:
@@ -126,8 +132,11 @@ def held(file: Path) -> Iterator[bool]:
 
 
 def make(ledger: Ledger, run: Run) -> None:
-    """Trains and measures. Raises ValueError if a training ends with an error, SystemExit if it was told to stop."""
-    # Heavy, and what only plans needs none of it.
+    """Trains and measures a run, writes its result, and removes its weights.
+
+    Raises ValueError if a training ends with an error, SystemExit if it was told to stop.
+    """
+    # Imported here because they are slow to import, and `plan` needs neither.
     from safetensors.torch import save_file
 
     from lavender_min.ledger import measures
@@ -149,7 +158,7 @@ def make(ledger: Ledger, run: Run) -> None:
         "histograms": found.histograms,
         "seconds": {"training": trained_for, "all": time.time() - began},
     }
-    # The last file: with it the run is finished.
+    # Written last, because a run whose JSON is there counts as finished.
     aside.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(aside, file)
     shutil.rmtree(folder, ignore_errors=True)
@@ -157,7 +166,8 @@ def make(ledger: Ledger, run: Run) -> None:
 
 
 def train(ledger: Ledger, run: Run, folder: Path) -> Path | None:
-    """The folder of the last stage; None for what is not trained."""
+    """Runs the stages of a run that are not finished. Returns the folder of the last; None if nothing is trained."""
+    # Slow to import.
     from lavender_min.tuning import command, stages
 
     made: list[stages.Stage] = []
@@ -171,7 +181,7 @@ def train(ledger: Ledger, run: Run, folder: Path) -> Path | None:
             "output_dir": str(into),
         }
         if not own.get("full"):
-            # What the frozen tower makes of a picture serves all runs of a host.
+            # The vision tower is frozen, so what it makes of a picture serves all runs of a host.
             values["cache_vision"] = True
             share(ledger.out / "vision" / run.host, into / "vision")
         argv = [word for pair in values.items() for word in stages.as_flag(*pair)]
@@ -179,6 +189,7 @@ def train(ledger: Ledger, run: Run, folder: Path) -> Path | None:
     if not made:
         return None
     code = stages.run(made) if len(made) > 1 else command.train(made[0].argv)
+    # 128 + the number of a signal: it was told to stop.
     if code > 128:
         raise SystemExit(code)
     if code:
@@ -187,6 +198,7 @@ def train(ledger: Ledger, run: Run, folder: Path) -> Path | None:
 
 
 def share(folder: Path, link: Path) -> None:
+    """Makes `link` a link to `folder`, and both of them if they are missing."""
     folder.mkdir(parents=True, exist_ok=True)
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_symlink():
@@ -194,13 +206,16 @@ def share(folder: Path, link: Path) -> None:
 
 
 def commit() -> str:
-    """Which code made a result; "" outside of a repository."""
+    """The git commit of the code that makes a result, with "-dirty" behind it after changes; "" outside of a repository."""
     done = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     return done.stdout.strip()
 
 
 def run_all(ledger: Ledger, processes: int, argv: Sequence[str]) -> int:
-    """Makes the stores, then the runs, in so many processes; `argv` starts one of them. The exit code."""
+    """Makes the stores that are missing, then the runs, in `processes` processes. Returns the exit code.
+
+    `argv` is the command line of this command: each process is started with it, and with --processes=1 behind it.
+    """
     say(forecast(ledger, processes))
     runs = list(ledger.whole_plan().runs.values())
     for one in stores.wanted([run for run in runs if not ledger.file(run).exists()]):

@@ -1,7 +1,8 @@
-"""The map stores of the ledger: Stable Diffusion's, exact masks, and Stable Diffusion's with two tiles exchanged.
+"""The ledger's map stores: Stable Diffusion's maps ("sd"), exact masks ("masks"), and sd with two tiles exchanged ("sd-swapped").
 
-A store holds one kind of maps of one row of scenes; the largest split that is wanted of the row is extracted once and serves the
-smaller ones. Each is made in a process of its own, by the commands that make any store.
+Splits such as crowd_64 and crowd_256 hold the first scenes of one row (toy/data.py). They share a store for each kind of maps,
+which is made for the largest of them that is wanted. "sd" and "masks" are made by the package's own commands, in processes of
+their own.
 """
 
 import fcntl
@@ -22,8 +23,9 @@ from lavender_min.ledger.plan import Run
 from lavender_min.maps import MapStore, MapWriter
 from lavender_min.toy import data as toy
 
-# One noised pass at the resolution that finds words best (lavender_min/toy/README.md).
+# One noised pass, read at the resolution whose maps point best (lavender_min/toy/README.md).
 RECIPE = "--recipe noise --timesteps 151 --resolutions 16:1 --batch_size 32".split()
+# The module and the first words of the command that makes a store; the folder follows.
 COMMANDS = {
     "sd": ["lavender_min.teachers.command", *RECIPE, "--maps"],
     "masks": ["lavender_min.maps", "from-masks"],
@@ -31,43 +33,54 @@ COMMANDS = {
 
 
 class Wanted(NamedTuple):
+    """A store to be made: of all scenes of a split, and of one kind of maps (`Arm.maps`)."""
+
     split: str
     kind: str
 
 
 def folder(out: Path, split: str, kind: str) -> Path:
-    """Splits that begin alike share a store."""
+    """The folder of a store: the same for all splits of one row of scenes."""
     return out / "maps" / f"{toy.SPLITS[split].drawn}-{kind}"
 
 
 def splits_of(run: Run) -> list[str]:
-    """The splits that a run is trained on."""
+    """The splits that a run is trained on, each once."""
     return list(dict.fromkeys(split for stage in run.stages for split in listed(stage["split"])))
 
 
 def listed(value: str | list[str]) -> list[str]:
+    """The value of a flag that may be given one value or several."""
     return [value] if isinstance(value, str) else value
 
 
 def wanted(runs: Sequence[Run]) -> list[Wanted]:
-    """Each store once, at its largest, those that others are made of first."""
-    found: dict[tuple[str, str], Wanted] = {}
+    """The stores that runs need, each once and for its largest split."""
+    needs: list[Wanted] = []
     for run in runs:
-        needs = [Wanted(split, run.maps) for split in splits_of(run)]
-        needs += [Wanted(run.mapped, "sd")] if run.mapped else []
-        for one in [w for need in needs for w in (need._replace(kind=need.kind.removesuffix("-swapped")), need)]:
-            key = (toy.SPLITS[one.split].drawn, one.kind)
-            if key not in found or scenes(found[key].split) < scenes(one.split):
-                found[key] = one
+        for split in splits_of(run):
+            # Swapped maps are made of others, so those come first.
+            needs += [Wanted(split, run.maps.removesuffix("-swapped")), Wanted(split, run.maps)]
+        if run.mapped:
+            needs.append(Wanted(run.mapped, "sd"))
+    found: dict[tuple[str, str], Wanted] = {}
+    for one in needs:
+        key = (toy.SPLITS[one.split].drawn, one.kind)
+        if key not in found or scenes(found[key].split) < scenes(one.split):
+            found[key] = one
     return list(found.values())
 
 
 def scenes(split: str) -> int:
+    """How many scenes a split has."""
     return toy.SPLITS[split].scenes or toy.TUNING_SCENES
 
 
 def make(out: Path, one: Wanted) -> None:
-    """The store, made or completed. Another process that wants it too waits."""
+    """Makes or completes a store; does nothing if it is there. A second process that wants it waits until the first is done.
+
+    Raises ValueError if the command that makes it fails.
+    """
     into = folder(out, *one)
     with locked(out / "locks" / f"{into.name}.lock"):
         examples = data.load("toy", split=one.split)
@@ -85,7 +98,7 @@ def make(out: Path, one: Wanted) -> None:
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Waits for its turn; the turn ends with the process, however that ends."""
+    """Waits until no other process holds the lock, and holds it while the `with` lasts. A process that ends holds no lock."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -93,7 +106,10 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def swap(source: Path, into: Path) -> None:
-    """What a host learns whose tiles are laid out column by column: top right and bottom left change places."""
+    """Makes a store of the maps in `source` with the tiles top right and bottom left exchanged.
+
+    These are the wrong targets that a host would get whose four tiles were laid out column by column (the paper's Fig. 23 and 24).
+    """
     store = MapStore(source)
     origins = store.origins()
     with MapWriter(into, {**store.recipe, "tiles": "exchanged"}) as writer:
@@ -104,6 +120,6 @@ def swap(source: Path, into: Path) -> None:
 
 
 def exchanged(maps: Float[Tensor, "w g g"]) -> Float[Tensor, "w g g"]:
-    """Tile (row, column) of 2 × 2 goes to (column, row)."""
+    """Cuts each map into 2 × 2 tiles and moves tile (row, column) to (column, row)."""
     tiles = rearrange(maps, "w (r y) (c x) -> w r c y x", r=2, c=2)
     return rearrange(tiles, "w r c y x -> w (c y) (r x)")

@@ -1,7 +1,8 @@
-"""`python -m lavender_min.maps from-masks`: people's boxes and masks in the place of a teacher's maps.
+"""`python -m lavender_min.maps from-masks`: a store whose maps are boxes and masks drawn by people, in place of a teacher's maps.
 
-Where data says what its words name (`Example.regions`), that can be taught as it is, without Stable Diffusion: KLAL (arXiv
-2511.12738) does so. A word's map is its mask, 1 inside and 0 outside. Training stretches every map to 0 … 1, which leaves it so.
+Where data says where the things of its words lie (`Example.regions`), alignment can be taught by that, without Stable Diffusion,
+as KLAL does (arXiv 2511.12738). A word's map is its mask, 1 inside and 0 outside. Training min–max normalises every map, which
+leaves such a map as it is.
 """
 
 import math
@@ -22,11 +23,13 @@ from lavender_min.words import find_words
 def from_masks(
     folder: Path, name: str, root: str | None, split: str | None, captions: str | None, entities: str | None
 ) -> int:
-    """Make a store of the boxes or masks that the data itself has for its words.
+    """Make or complete the store in `folder`; returns the exit code. The other arguments are those of `data.load`.
 
-    A word has no map if it has no region, or if that covers every cell and so says nothing. An example without such words has a
-    row all the same, so that its text is learnt beside the others'.
+    A word has no map if it has no region, or if its region covers every cell and so says nothing. An example whose words have no
+    maps gets a row all the same, so that its text is learnt beside the others'. Examples whose pictures cannot be read are skipped
+    and counted, and the first ten are named. Raises ValueError for data without regions, and if nothing could be stored.
     """
+    # Only for its error: data without regions.
     data.measured_split(name, entities)
     examples = data.load(name, root, split, captions, entities)
     recipe = {"data": name, "recipe": "masks", "values": "1 inside, 0 outside", "frame": "whole", "map_side": MAP_SIDE}
@@ -52,14 +55,18 @@ def from_masks(
 
 
 def add(writer: MapWriter, example: Example) -> int:
-    """Store an example; how many of its words have a map. Raises BrokenPicture or OSError if its picture cannot be read."""
+    """Stores an example, and returns how many of its words have a map.
+
+    Raises BrokenPicture or OSError if its picture cannot be read.
+    """
     digest = picture_digest(example)
     regions = example.regions(MAP_SIDE) if example.regions else []
+    # By (field, start, end), which both Region and Word hold.
     masks = {region[:3]: region.mask for region in regions if region.mask.any() and not region.mask.all()}
     words = [word for word in find_words(example.fields) if word[1:] in masks]
     maps = torch.zeros(len(words), MAP_SIDE, MAP_SIDE)
     for map, word in zip(maps, words, strict=True):
         map.copy_(torch.from_numpy(masks[word[1:]]))
-    # There is no start-of-text token that could take a share.
+    # The share of attention that the start-of-text token took: there is none here.
     writer.add(example.id, example.question, example.answer, words, maps, math.nan, digest)
     return len(words)

@@ -1,7 +1,8 @@
-"""The model card of a run: a README.md beside its weights, so that a pushed adapter explains itself.
+"""The model card of a run: a README.md beside its weights, so that an adapter on the hub explains itself.
 
-PEFT puts a card of headings without text beside every adapter it saves. This one takes its place. All it says stands in the run's
-folder already: `lavender.json` holds the flags, the Trainer's log the losses. What the hub reads of a card is YAML at its top.
+PEFT saves a card beside every adapter, whose headings have no text. This card takes its place. Everything in it is taken from the
+run's folder: the flags from `lavender.json`, the losses from the Trainer's log. A card begins with YAML, which is all that the hub
+itself reads.
 """
 
 from collections.abc import Sequence
@@ -18,12 +19,12 @@ from lavender_min.tuning.flags import ModelFlags
 
 CARD_FILE = "README.md"
 TAGS = ["lavender", "diffusion-instruction-tuning", "image-text-to-text"]
-# Of the Trainer's flags those that a reader asks for first; lavender.json holds all.
+# The Trainer's flags that the card shows; lavender.json holds all.
 TRAINER_FLAGS = (
     "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "lr_scheduler_type",
     "weight_decay", "seed",
 )  # fmt: skip
-# What the Trainer logs, and what it is called in the card.
+# {what the Trainer logs: what the card calls it}
 MEASURES = {
     "loss_vlm": "cross entropy per token, training",
     "loss_att": "alignment loss, training",
@@ -40,9 +41,10 @@ processor = AutoProcessor.from_pretrained(here)
 
 
 def write(folder: Path, run: Path, history: Sequence[dict[str, Any]], whole: bool = False) -> None:
-    """Writes the card of the run in the folder `run` to `folder`. `history` is what the Trainer logged.
+    """Writes the card of the run in the folder `run` to `folder`.
 
-    `whole` says that the folder holds a whole model, into which the adapter was merged.
+    `history` is what the Trainer logged: its `log_history`, a dict an entry. `whole` says that `folder` holds a whole model, into
+    which the run's adapter was merged.
     """
     flags = runs.recall(run)
     decided = read_json(run / runs.FLAGS_FILE, dict).get(runs.DECIDES, {})
@@ -59,8 +61,10 @@ def write(folder: Path, run: Path, history: Sequence[dict[str, Any]], whole: boo
 
 
 def metadata(flags: ModelFlags, decided: dict[str, Any], whole: bool) -> ModelCardData:
-    """What the hub reads. A folder of this machine is no name that it could look up, and it would refuse it."""
+    """The YAML, which the hub reads. `decided` is what `tune.decided` wrote down, {} for a run that has no such entry."""
+    # The hub refuses a base model that is no name on the hub, such as a folder of this machine.
     local = Path(flags.vlm).exists() or Path(flags.vlm).is_absolute()
+    # In a mixture each name has its weight behind it: "flickr30k:0.7 ocrvqa30k:0.3".
     sets = [word.partition(":")[0] for word in decided.get("--data", "").split()]
     return ModelCardData(
         base_model=None if local else flags.vlm,
@@ -73,6 +77,7 @@ def metadata(flags: ModelFlags, decided: dict[str, Any], whole: bool) -> ModelCa
 
 
 def loading(flags: ModelFlags, whole: bool) -> str:
+    """The Python that loads the model."""
     if whole:
         load = 'model = AutoModelForImageTextToText.from_pretrained(here, dtype="auto")'
     else:
@@ -82,6 +87,7 @@ def loading(flags: ModelFlags, whole: bool) -> str:
 
 
 def intro(flags: ModelFlags, whole: bool) -> str:
+    """What was tuned, how, and what the folder holds."""
     trained = "every weight" if flags.mode == "full" and not flags.train_only else flags.train_only or "LoRA adapters"
     what = f"`{flags.vlm}`, fine-tuned ({trained}{', on a 4-bit host' if flags.mode == 'qlora' else ''})"
     how = (
@@ -95,8 +101,10 @@ def intro(flags: ModelFlags, whole: bool) -> str:
 
 
 def data_text(decided: dict[str, Any]) -> str:
+    """The examples, and how the maps were made."""
     lines = []
     if "the examples" in decided:
+        # "512 with sha256 0a1b…"; of a mixture "512 drawn from 300 with sha256 0a1b… and 400 with sha256 2c3d…".
         examples = decided["the examples"].replace(" with", " examples with", 1)
         lines = [f"`--data {decided['--data']}`: {examples}."]
     recipe = {key.removeprefix("the maps' "): value for key, value in decided.items() if key.startswith("the maps' ")}
@@ -106,7 +114,7 @@ def data_text(decided: dict[str, Any]) -> str:
 
 
 def flags_of(flags: ModelFlags, decided: dict[str, Any]) -> dict[str, Any]:
-    """The model's flags that are not at their default, and some of the Trainer's."""
+    """The model's flags that are not at their default, and those that a reader asks for first, whatever their value."""
     found: dict[str, Any] = {"--vlm": flags.vlm, "--mode": flags.mode}
     for field in fields(ModelFlags):
         value = getattr(flags, field.name)
@@ -119,6 +127,7 @@ def flags_of(flags: ModelFlags, decided: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_logged(history: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The last value of each of MEASURES that was logged, by its name in the card."""
     found = {}
     for key, name in MEASURES.items():
         values = [entry[key] for entry in history if key in entry]
@@ -128,6 +137,7 @@ def last_logged(history: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def table(first: str, rows: dict[str, Any]) -> str:
-    """Two columns, as Markdown. A bar would end a cell."""
+    """Two columns, as Markdown; `first` is the heading of the first."""
+    # A bar would end its cell, so "¦" stands for it.
     lines = [f"| {name} | {str(value).replace('|', '¦')} |" for name, value in rows.items()]
     return "\n".join([f"| {first} | |", "|---|---|", *lines])

@@ -136,6 +136,15 @@ def test_spans_in_captions_of_ones_own(tmp_path):
             assert regions[span][0] == kind and np.array_equal(regions[span][1], cells(box)), span
 
 
+def test_without_a_caption_of_its_own_a_picture_has_no_spans(tmp_path):
+    """All captions are annotations, and name a thing by its category, though a tool wrote an empty "tokens_positive"."""
+    thing = {"image_id": "a", "bbox": [0, 0, 20, 10], "category_id": 17, "tokens_positive": []}
+    captions = [{"image_id": "a", "caption": text} for text in ("A cat.", "Some cat.")]
+    file = own(tmp_path, [thing, *captions], [image("a", "a.jpg")], categories=[{"id": 17, "name": "cat"}])
+    for example in data.load("coco", file, captions="all"):
+        check(example, cat=("cat", (0, 0, 5, 5)))
+
+
 BOX = {"image_id": "a", "bbox": [0, 0, 20, 10], "tokens_positive": [[8, 11]]}
 
 

@@ -243,6 +243,20 @@ def test_a_folder_that_says_nothing_of_videos_names_their_part(tmp_path):
     assert json.loads(file.read_text()) == {"video_processor": {"size": 3}}
 
 
+def test_an_export_is_completed_though_it_was_killed_right_after_it_was_written(tmp_path, monkeypatch):
+    weights = tmp_path / "exported"
+    weights.mkdir()
+    (weights / "processor_config.json").write_text("{}")
+    seen = []
+    monkeypatch.setattr(
+        benchmarks,
+        "run_task",
+        lambda task, folder, *_: seen.append(json.loads((folder / "processor_config.json").read_text())),
+    )
+    benchmarks.run_model(benchmarks.Model("untuned", "host", None), "qwen2_vl", ["one"], tmp_path, [], [])
+    assert seen == [{"video_processor": {"video_processor_type": "Qwen2VLVideoProcessor"}}]
+
+
 # --------------------------------------------------------------------------------------------------- a task of ours
 
 

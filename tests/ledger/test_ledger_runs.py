@@ -223,6 +223,12 @@ def test_the_page_says_what_came_out(ledger, monkeypatch, tmp_path, capsys):
         report.write(ledger, page)
 
 
+def test_numbers_are_printed_with_their_measures_digits():
+    assert report.cell("crowd_test/mse.own", [0.01234]) == "0.0123" and report.cell("crowd_test/kl.all", []) == "–"
+    # Half the interval of two values is 12.706 times half their difference.
+    assert report.cell("crowd_test/aligned.answers.all", [0.5, 0.51]) == "50.5 ± 6.4"
+
+
 def test_stores_are_made_once_and_at_their_largest(ledger, monkeypatch):
     arms = by_arm(ledger)
     large = arms["learn"]._replace(stages=[arms["learn"].stages[0] | {"split": ["crowd_4096", "tune"]}])
