@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from lavender_min.failing import naming
@@ -172,17 +173,13 @@ class LavenderTrainer(Trainer):
 
         Freezing by requires_grad would not do: the optimiser and DDP look at it once, at the start.
         """
-        given = (
-            f"--lr_scheduler_type {self.args.lr_scheduler_type} --lr_scheduler_kwargs {self.args.lr_scheduler_kwargs}"
-        )
-        with naming(given):
+        kind = SchedulerType(self.args.lr_scheduler_type).value
+        with naming(f"--lr_scheduler_type {kind} --lr_scheduler_kwargs {self.args.lr_scheduler_kwargs}"):
             scheduler = super().create_scheduler(num_training_steps, optimizer)
         n = aligner_steps(self.pretrain_aligner_steps, num_training_steps)
         if n:
             if not hasattr(scheduler, "lr_lambdas"):
-                raise ValueError(
-                    f"--pretrain_aligner_steps does not go with --lr_scheduler_type {self.args.lr_scheduler_type}"
-                )
+                raise ValueError(f"--pretrain_aligner_steps does not go with --lr_scheduler_type {kind}")
 
             def held(usual):
                 return lambda step: 0.0 if step < n else usual(step)
