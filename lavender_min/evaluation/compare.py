@@ -246,7 +246,8 @@ def measure_all(base: ModelFlags, finished: list[Finished], sheet: Sheet, frame:
         found, maps = measure(models.load(flags, models.half_of_gpu(), folder), sheet, frame, batch_size, label)
         numbers.setdefault(name, []).append(found["own"])
         shown.setdefault(name, maps["own"])
-        if "aligned" in found:
+        # Without an Aligner these are the own maps once more.
+        if "aligned" in found and flags.aligner != "none":
             numbers.setdefault(name + ALIGNED, []).append(found["aligned"])
     return Measured(numbers, shown)
 
