@@ -11,7 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -29,6 +29,9 @@ from lavender_min.tuning.flags import ModelFlags
 
 # The modules behind the other stages' scripts: an installed package has the modules only.
 STAGES = {"extract.py": "lavender_min.teachers.command", "train.py": "lavender_min.tuning.command"}
+# What differs between runs of one setting.
+SEEDS = ("--seed", "--data_seed")
+RECIPE = "the maps' recipe"
 # The folder the package lies in.
 ROOT = Path(data.__file__).parents[2]
 
@@ -188,14 +191,28 @@ def recall_all(plain: list[str], lavender: list[str]) -> list[Finished]:
 
 
 def by_setting(finished: list[Finished]) -> list[Finished]:
-    """Runs of several settings are told apart by the flags in which they differ, where these are not at their default."""
-    differing = [field for field in fields(ModelFlags) if len({getattr(run.flags, field.name) for run in finished}) > 1]
+    """Runs of several settings are told apart by that in which they differ.
+
+    These are flags of ours where they are not at their default, flags of the Trainer, and the recipe of the maps.
+    """
+    settings = [setting_of(run) for run in finished]
+    names = dict.fromkeys(name for setting in settings for name in setting)
+    differing = [name for name in names if len({str(setting.get(name)) for setting in settings}) > 1]
+    defaults = {f"--{field.name}": field.default for field in fields(ModelFlags)}
     named = []
-    for run in finished:
-        said = {field.name: getattr(run.flags, field.name) for field in differing}
-        words = [f"--{f.name} {said[f.name]}" for f in differing if said[f.name] != f.default]
+    for run, setting in zip(finished, settings, strict=True):
+        said = {name: setting[name] for name in differing if name in setting}
+        words = [f"{name} {value}" for name, value in said.items() if name not in defaults or value != defaults[name]]
         named.append(run._replace(report=run.report._replace(name=" ".join([LAVENDER, *words]))))
     return named
+
+
+def setting_of(run: Finished) -> dict[str, Any]:
+    """All that decides a run's result, but for its seed and data, by the names of flags; and "maps" for their recipe."""
+    found = {f"--{name}": value for name, value in asdict(run.flags).items()}
+    decides = read_json(Path(run.report.folder) / runs.FLAGS_FILE, dict).get(runs.DECIDES, {})
+    found |= {name: value for name, value in decides.items() if name.startswith("--") and name not in SEEDS}
+    return found | ({"maps": decides[RECIPE]} if RECIPE in decides else {})
 
 
 def base_of(finished: list[Finished]) -> ModelFlags | None:
