@@ -23,8 +23,12 @@ ROOT = Path(__file__).resolve().parents[3]
 # share by which the first losses may differ
 ALIKE = 0.01
 RUNS = ("direct-0", "lavender-0", "plain-0")
-# Prints what it was called with instead of running it: one argument a unit separator, one call a line.
-STUB = '#!/bin/sh\n{ for x in "$@"; do printf \'%s\\037\' "$x"; done; printf \'\\n\'; } >> "$COMMANDS"\n'
+# Writes down what it was called with instead of running it: one argument a unit separator, one call a line. In one write, because
+# several may be called at once.
+STUB = """#!/bin/sh
+call=$(for word in "$@"; do printf '%s\\037' "$word"; done)
+printf '%s\\n' "$call" >> "$COMMANDS"
+"""
 EXACT = ["--bf16", "false", "--fp16", "false", "--optim", "adamw_torch", "--lora_dropout", "0", "--logging_steps", "1"]
 
 
