@@ -13,7 +13,7 @@ say() { printf '\n== %s\n' "$*"; "$@"; }
 # shellcheck disable=SC2086
 say python extract.py --data toy $MAPS
 
-# Three runs at once, a thread each: plain tuning, the paper's default, and what helped most on this world (docs/claims.md).
+# Three runs at once, a thread each: plain tuning, the paper's default, and what pointed best in trust.sh for no fewer answers.
 runs=
 tune() {
     folder="$OUT/$1" && shift

@@ -9,7 +9,7 @@ A scene of `world` shows 2 to 4 things, no two of one shape or colour: whoever n
     sized     what color is the small star?    another star is large
 
 The first two kinds are what hosts were pretrained to answer, in emptier scenes; the others are new to them. Questions for the thing
-at the top, or left of another, are not among them: no toy host learns these in as many steps as a tuning has.
+at the top, or left of another, are not among them: the toy Mllama does not learn these in as many steps as a tuning has.
 
 A `Crowd` says how the scenes of a split are drawn. `python -m lavender_min.toy.scenes FILE.png` draws some of each.
 """
