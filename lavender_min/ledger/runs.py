@@ -12,6 +12,7 @@ are started. A run belongs to the process that holds its lock, and the system fr
 """
 
 import fcntl
+import functools
 import gc
 import json
 import os
@@ -90,6 +91,7 @@ def forecast(ledger: Ledger, processes: int) -> str:
 
 def work(ledger: Ledger) -> None:
     """Makes runs that are missing, until none is. Runs that other processes work on are left to them."""
+    commit()
     while True:
         current = ledger.known_plan()
         missing = [run for run in current.runs.values() if not ledger.file(run).exists()]
@@ -205,8 +207,12 @@ def share(folder: Path, link: Path) -> None:
         link.symlink_to(folder.absolute())
 
 
+@functools.cache
 def commit() -> str:
-    """The git commit of the code that makes a result, with "-dirty" behind it after changes; "" outside of a repository."""
+    """The git commit of the code that makes a result, with "-dirty" behind it after changes; "" outside of a repository.
+
+    Asked once, when the work begins: the repository may go on while the process runs with the code that it had loaded.
+    """
     done = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     return done.stdout.strip()
 
