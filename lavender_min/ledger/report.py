@@ -57,13 +57,17 @@ def judged(ledger: Ledger, claim: Claim) -> list[Judged]:
     return rows
 
 
-def verdict_of(claim: Claim, rows: list[Judged]) -> str:
-    """What the page says of the whole claim: its verdict, or "not run" while a run is missing."""
+def verdict_of(ledger: Ledger, claim: Claim, rows: list[Judged]) -> str:
+    """What the page says of the whole claim: its verdict, and of how many seeds while some are missing; "not run" without one."""
     if claim.needs:
         return "cannot be run here"
     found = [verdict for row in rows for verdict in row.by_host.values()]
     complete = [verdict for verdict in found if verdict is not None]
-    return verdicts.together(complete) if found and len(complete) == len(found) else "not run"
+    if not found or len(complete) < len(found):
+        return "not run"
+    run = min(len(runs) for host in rows[0].by_host for runs in ledger.numbers(host, claim.needed).values())
+    seeds = len(ledger.setup.seeds)
+    return verdicts.together(complete) + ("" if run == seeds else f" ({run} of {seeds} seeds so far)")
 
 
 # ------------------------------------------------------------------------------------------------------------ text
@@ -72,14 +76,16 @@ def verdict_of(claim: Claim, rows: list[Judged]) -> str:
 def generated(ledger: Ledger, drawn: list[Path]) -> str:
     """All that stands between the marks."""
     rows = {claim.number: judged(ledger, claim) for claim in ledger.claims}
-    words = {claim.number: verdict_of(claim, rows[claim.number]) for claim in ledger.claims}
+    words = {claim.number: verdict_of(ledger, claim, rows[claim.number]) for claim in ledger.claims}
+    effects = [verdict for of in rows.values() for row in of for verdict in row.by_host.values() if verdict]
     overview = [[f"{claim.number}. {claim.title}", claim.paper, words[claim.number]] for claim in ledger.claims]
     parts = [
         "## The verdicts",
         f"Written by `ledger/report.py` from the runs; nobody edits a verdict. An effect is a mean over {len(ledger.setup.seeds)} "
         "seeds ± half its 95 % interval, of pairs of runs that share the seed. *Does not hold*: the whole interval lies below the "
         "smallest effect that was declared to matter. *Holds*: the whole interval lies above 0, in favour of the claim, and "
-        "reaches that effect. *Not clear*: all else.",
+        f"reaches that effect. *Not clear*: all else. {len(effects)} effects are judged; where there is none, one in 40 lies above 0 "
+        "by chance.",
         table(["claim", "what of the paper it answers", "verdict"], overview),
         about(ledger),
         *(section(ledger, claim, rows[claim.number], words[claim.number]) for claim in ledger.claims),
@@ -95,7 +101,7 @@ def about(ledger: Ledger) -> str:
     commits = sorted({result["commit"] for result in runs})
     hours = sum(result["seconds"]["all"] for result in runs) / 3600
     lines = [
-        f"{len(runs)} of {len(ledger.whole_plan().runs)} runs, {hours:.1f} hours of one core, "
+        f"{len(runs)} of {len(ledger.whole_plan().runs)} runs, {hours:.1f} hours of all processes together, "
         f"commit {', '.join(commits) or '–'}; seeds {', '.join(map(str, ledger.setup.seeds))}."
     ]
     best = best_of(ledger.setup, ledger.result)

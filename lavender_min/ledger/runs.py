@@ -14,6 +14,7 @@ are started. A run belongs to the process that holds its lock, and the system fr
 import fcntl
 import functools
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -54,16 +55,17 @@ class Ledger(NamedTuple):
         return read_json(self.file(run), dict) if self.file(run).exists() else None
 
     def files(self, host: str, arms: Sequence[str]) -> dict[str, list[Path]]:
-        """{arm: the files of its results, by seed}. An arm is left out if one of them is missing."""
+        """{arm: the files of its results, by seed}: of the first seeds, as many as all arms have that were begun. Others are left out."""
         best, found = planning.best_of(self.setup, self.result), dict[str, list[Path]]()
         for arm in arms:
             choice = self.setup.arms[arm].choice
             chosen = best(choice, host) if choice else {}
             if chosen is not None:
                 of = [self.file(planning.run_of(self.setup, arm, host, seed, chosen)) for seed in self.setup.seeds]
-                if all(file.exists() for file in of):
-                    found[arm] = of
-        return found
+                if there := list(itertools.takewhile(Path.exists, of)):
+                    found[arm] = there
+        shared = min(map(len, found.values()), default=0)
+        return {arm: of[:shared] for arm, of in found.items()}
 
     def numbers(self, host: str, arms: Sequence[str]) -> dict[str, list[dict[str, float]]]:
         """{arm: the numbers in these files, by seed}"""

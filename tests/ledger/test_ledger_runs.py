@@ -206,6 +206,15 @@ def test_the_page_says_what_came_out(ledger, monkeypatch, tmp_path, capsys):
     page.write_text(f"# Mine\n\n{report.BEGIN}\nyesterday\n{report.END}\n\n## Kept\n")
     report.write(ledger, page)
     assert "| not run |" in page.read_text()
+    # One of two seeds: its effects are shown, and nothing is sure. A second run of one arm changes nothing.
+    plain = by_arm(ledger)["plain"]
+    for _ in "trials", "arms":
+        for run in [*ledger.known_plan().runs.values(), plain._replace(seed=1)]:
+            if run.seed != 1 or run.arm == "plain":
+                runs.take(ledger, run)
+    report.write(ledger, page)
+    assert "not clear (1 of 2 seeds so far)" in page.read_text()
+    assert re.search(r"\| answers +\| +\+10 \(matters from 0\): not clear", page.read_text())
     runs.work(ledger)
     report.write(ledger, page)
     text = page.read_text()
