@@ -55,7 +55,7 @@ class Ledger(NamedTuple):
         return read_json(self.file(run), dict) if self.file(run).exists() else None
 
     def files(self, host: str, arms: Sequence[str]) -> dict[str, list[Path]]:
-        """{arm: the files of its results, by seed}: of the first seeds, as many as all arms have that were begun. Others are left out."""
+        """{arm: the files of its results, by seed}. An arm without any is left out; all others have the same first seeds."""
         best, found = planning.best_of(self.setup, self.result), dict[str, list[Path]]()
         for arm in arms:
             choice = self.setup.arms[arm].choice
