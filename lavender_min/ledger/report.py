@@ -84,8 +84,8 @@ def generated(ledger: Ledger, drawn: list[Path]) -> str:
         f"Written by `ledger/report.py` from the runs; nobody edits a verdict. An effect is a mean over {len(ledger.setup.seeds)} "
         "seeds ± half its 95 % interval, of pairs of runs that share the seed. *Does not hold*: the whole interval lies below the "
         "smallest effect that was declared to matter. *Holds*: the whole interval lies above 0, in favour of the claim, and "
-        f"reaches that effect. *Not clear*: all else. {len(effects)} effects are judged; of those that do not exist, one in 40 lies "
-        "above 0 by chance.",
+        f"reaches that effect. *Not clear*: all else. {len(effects)} effects are judged; of those that do not exist, one in 40 "
+        "lies above 0 by chance.",
         table(["claim", "what of the paper it answers", "verdict"], overview),
         about(ledger),
         *(section(ledger, claim, rows[claim.number], words[claim.number]) for claim in ledger.claims),
