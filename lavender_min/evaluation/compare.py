@@ -6,6 +6,7 @@ pictures, and, with --seeds, the runs.
 
 import importlib.metadata
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -221,7 +222,9 @@ def base_of(finished: list[Finished]) -> ModelFlags | None:
     """
     for run in finished:
         first = finished[0]
-        if (run.flags.vlm, run.flags.mode) != (first.flags.vlm, first.flags.mode):
+        # A folder may be named in several ways.
+        here, there = ((os.path.realpath(one.flags.vlm), one.flags.mode) for one in (run, first))
+        if here != there:
             raise ValueError(
                 f"{run.report.folder} tuned {run.flags.vlm} by {run.flags.mode}, "
                 f"{first.report.folder} {first.flags.vlm} by {first.flags.mode}"

@@ -1,5 +1,7 @@
 """Runs of several settings in one comparison: a row each, named by the flags in which they differ."""
 
+import pytest
+
 from lavender_min.evaluation import compare, figures, names, report, tables
 from lavender_min.tuning import runs
 from lavender_min.tuning.flags import ModelFlags
@@ -35,3 +37,16 @@ def test_settings_of_lavender_are_told_apart_by_their_flags(tmp_path):
     shown = [run.report for run in several]
     colors = [figures.color_of(run.name, shown) for run in shown]
     assert len(set(colors)) == 3 and colors[0] == names.COLORS[names.LAVENDER]
+
+
+def test_compared_runs_tuned_one_host_however_it_is_named(tmp_path, monkeypatch):
+    def finished(vlm, **flags):
+        return compare.Finished(report.Run(names.PLAIN, vlm, {}, []), ModelFlags(vlm, **flags))
+
+    monkeypatch.chdir(tmp_path)
+    of = [finished(name) for name in ("host", str(tmp_path / "host"), f"../{tmp_path.name}/host")]
+    assert compare.base_of(of) is of[0].flags
+    assert compare.base_of([finished("org/host"), finished("org/host")]).vlm == "org/host"
+    for other in (finished("hosts"), finished("host", mode="full")):
+        with pytest.raises(ValueError, match="tuned host by"):
+            compare.base_of([other, of[0]])
