@@ -19,7 +19,7 @@ from lavender_min.failing import naming
 from lavender_min.tuning import card, sanity
 from lavender_min.tuning.checkpoints import STATE_FILE
 from lavender_min.tuning.model import Lavender
-from lavender_min.tuning.runs import ALIGN_FILE, FLAGS_FILE, load_align
+from lavender_min.tuning.runs import ALIGN_FILE, FLAGS_FILE, load_align, load_whole
 from lavender_min.tuning.schedules import LAMBDA_SCHEDULES, aligner_steps
 
 NO_NUMBERS = "does a lower --learning_rate help, with another --output_dir?"
@@ -241,7 +241,10 @@ class LavenderTrainer(Trainer):
         with naming(resume_from_checkpoint):
             if self.is_fsdp_enabled:
                 return super()._load_from_checkpoint(resume_from_checkpoint, model)
-            super()._load_from_checkpoint(resume_from_checkpoint, model=self.lavender.host)
+            if hasattr(self.lavender.host, "peft_config"):
+                super()._load_from_checkpoint(resume_from_checkpoint, model=self.lavender.host)
+            else:
+                load_whole(self.lavender.host, resume_from_checkpoint)
             if self.lavender.align is not None:
                 load_align(self.lavender, resume_from_checkpoint)
 
