@@ -82,6 +82,15 @@ def test_a_validation_changes_no_step_of_plain_tuning_and_is_on_the_same_picture
     assert len(evaluations(plain)) >= 1 and "eval_loss_att" not in evaluations(plain)[0]
 
 
+def test_pictures_that_are_held_out_are_cached_too(command, tmp_path):
+    found = []
+    for more in ([], ["--cache_vision"]):
+        folder = tmp_path / str(len(more))
+        assert start(command(folder, "--eval_share", "0.25", *more)) == 0
+        found.append([entry["eval_loss"] for entry in evaluations(folder)])
+    assert found[0] and found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("metric", ["loss", "loss_vlm"])
 def test_the_best_checkpoint_is_what_is_left(command, tmp_path, metric):
     more = [
