@@ -221,7 +221,8 @@ class Collator:
         ids = batch["input_ids"]
         batch["labels"] = torch.full_like(ids, -100)
         for i, (said, offsets) in enumerate(zip(chats, encoded.offsets, strict=True)):
-            answered = [t for t, (start, _) in enumerate(offsets) if start >= said.answer_start]
+            # One token may hold a space that ends the prompt and the answer's first word.
+            answered = [t for t, (_, end) in enumerate(offsets) if end > said.answer_start]
             batch["labels"][i, answered] = ids[i, answered]
         words = [
             self.mapped(said, stored, offsets)
