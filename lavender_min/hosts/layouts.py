@@ -148,6 +148,9 @@ def anyres(size: Size, processor: Any, config: Any, most: float = math.inf) -> L
     columns = fitted[1] // tile * side
     kept = unpad_image(grid(fitted[0] // tile * side, columns)[None], (size[1], size[0]))[0]
     hc, wc = kept.shape
+    if not kept.numel():
+        # Of a picture seventy times as long as high no cell of the tiles is left.
+        return Looks([squeezed(grid(side, side))], side * side + hc * (wc + 1))
     cut_y, cut_x = divmod(int(kept[0, 0]), columns)
     ratio = math.sqrt(hc * wc / (most * side * side))
     high, wide = (int(hc // ratio), int(wc // ratio)) if ratio > 1.1 else (hc, wc)

@@ -213,7 +213,9 @@ class Collator:
         pictures = [example.image() for example, _ in examples]
         chats = [chat(self.processor, example) for example, _ in examples]
         starts = [said.answer_start for said in chats]
-        encoded = self.family.encode(self.processor, [said.text for said in chats], pictures, answer_starts=starts)
+        # A processor refuses some texts and pictures (a token of a picture in a question), and knows no example by its name.
+        with naming("the host's processor", f"it was given {', '.join(example.id for example, _ in examples)}"):
+            encoded = self.family.encode(self.processor, [said.text for said in chats], pictures, answer_starts=starts)
         batch: dict[str, Any] = dict(encoded.inputs)
         if self.vision is not None:
             batch = {name: value for name, value in batch.items() if name not in self.family.picture_inputs}
