@@ -122,6 +122,9 @@ class LavenderTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return ByLength(batch, dataset.lengths(), seed)
 
+    def _get_eval_sampler(self, eval_dataset) -> None:
+        """A validation goes in order. The Trainer would group it by length as well, and knows no length of an example."""
+
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
