@@ -1,4 +1,4 @@
-"""Where a decoder's image tokens lie on the picture: one small function a kind of processor.
+"""Where a host's image tokens lie on the picture; for decoders, one small function a kind of processor.
 
 A processor resizes a picture, may crop or pad it, may cut it into tiles, and puts a run of image tokens into the text. Which token
 covers which ground follows from the picture's size alone. Each function says it for every look at the picture (`View`), with the

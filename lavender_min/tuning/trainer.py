@@ -52,9 +52,10 @@ class LavenderTrainer(Trainer):
         self.pretrain_aligner_steps, self.lambda_schedule = pretrain_aligner_steps, lambda_schedule
         # We divide by num_items_in_batch, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
+        # Since the last log: each output of the model, added up, and over how many batches.
         self.sums: dict[str, Tensor] = {}
         self.seen = 0
-        # The same of a validation.
+        # The same of a validation, each batch times its examples.
         self.measured: dict[str, Tensor] = {}
         # DeepSpeed's backward would take the step that `sanity` only tries.
         self.checked = self.is_deepspeed_enabled
@@ -95,6 +96,7 @@ class LavenderTrainer(Trainer):
         else:
             for name, value in out.items():
                 if name != "loss":
+                    # Divided by the labels of the whole accumulated batch, it is one part of so many.
                     parts = steps if name == "loss_vlm" and labels is not None else 1
                     self.sums[name] = self.sums.get(name, 0) + value.float() * parts
             self.seen += 1
