@@ -22,7 +22,7 @@ word_attention_tiles.py.
 
 Memory, Llama-3.2 (h 32, t 512, p 6404, n 32, d 128, g 32, one picture). Eager: A alone is h·t·p fp32 = 400 MiB, 1.3 GiB
 with its gradient and the scores. Picking rows first: h·n·p = 25 MiB each. Here: partial max and sum, 2·splits·h·n
-(128 KiB). Work: 2 products of 2·h·n·p·d flops; eager does one of t/n times as much. n counts the rows there are.
+(96 KiB). Work: 2 products of 2·h·n·p·d flops; eager does one of t/n times as much. n counts the rows there are.
 """
 
 from collections.abc import Sequence
@@ -183,6 +183,7 @@ class WordAttention(torch.autograd.Function):
         part, stats = (query.new_empty(2, shares, n * h, dtype=torch.float32) for shares in (plan.splits, 1))
         out = query.new_empty(n, h, canvas["gy"], canvas["gx"], dtype=torch.float32)
         row_stats[plan.row_blocks, plan.splits, b * hkv](**call, p_part=part, p=p, BK=plan.blocks["BK"])
+        # 4,096 numbers of out a program: no more fit the registers, see `blocks`
         by = max(1, min(triton.next_power_of_2(canvas["gy"]), 4096 // (call["BR"] * canvas["BGX"])))
         small_map[plan.row_blocks, triton.cdiv(canvas["gy"], by), b * hkv](
             **call, **canvas, p_index=inputs.index, p_part=part, p_stats=stats, p_out=out, splits=plan.splits,
@@ -217,6 +218,7 @@ def word_attention(
     """
     check_dtype("word_attention (Triton)", "query", query, (torch.float32, torch.float16, torch.bfloat16))
     (_, gy, hc), gx, d = layout.resize_y.shape, layout.resize_x.shape[1], query.shape[3]
+    # Whole in a block: a vector, a line of a map, and a weight for each output row and for each canvas row.
     for name, size, limit in (("d", d, 256), ("gx", gx, 128), ("gy", gy, 1024), ("hc", hc, 1024)):
         if size > limit:
             raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 # On its own it imports no torch.
 from transformers import HfArgumentParser
 
-from lavender_min.failing import one_line
+from lavender_min.failing import gpu_is_full, one_line
 
 Flags = TypeVar("Flags")
 
@@ -101,7 +101,7 @@ def between(low: float, high: float, **values: float | None) -> None:
 
 
 def run(prog: str, main: Callable[[], int | None]) -> int:
-    """The exit code of `main`. Whatever goes wrong is one line on stderr: 2 for bad input or files that cannot be had, 130 for
+    """The exit code of `main`. Whatever goes wrong is one line on stderr: 2 for bad input, files that cannot be had or a full memory, 130 for
     Ctrl-C, 1 for a fault of our own, whose traceback LAVENDER_TRACEBACK=1 shows.
     """
     try:
@@ -118,6 +118,9 @@ def run(prog: str, main: Callable[[], int | None]) -> int:
         print(f"{prog}: stopped; the same command goes on", file=sys.stderr)
         return 130
     except Exception as error:
+        if gpu_is_full(error):
+            print(f"{prog}: the memory of the GPU is full: {one_line(error)}", file=sys.stderr)
+            return 2
         if os.environ.get("LAVENDER_TRACEBACK") == "1":
             raise
         print(

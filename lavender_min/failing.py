@@ -21,6 +21,11 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
+def gpu_is_full(error: BaseException) -> bool:
+    """Whether it is torch's OutOfMemoryError, known by its name: nothing heavy is imported here."""
+    return type(error).__name__ == "OutOfMemoryError"
+
+
 def say(line: str) -> None:
     # A file's name may hold line breaks, and bytes that are no UTF-8.
     print(" ".join(line.splitlines()).encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
@@ -38,6 +43,8 @@ def naming(what: str | Path, advice: str = "") -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
+        if gpu_is_full(error):
+            raise
         text = one_line(error)
         if isinstance(error, ValueError | OSError) and str(what) in text:
             raise

@@ -5,9 +5,10 @@ Layers to Align", section 8.1). In a self-attention model every layer may see th
 figure 6). What a family does when nothing is said is `Family.align_layers`.
 
     all         every layer that sees the picture
-    first       the first 3 of 8, the middle 4 of 8, the last 4 of 8, as in the paper's figure 22;
-    mid         of another number of layers the same shares, rounded down, and at least one
-    last
+    first       the first 3 of 8, as in the paper's figure 22; of another number of layers the same share, rounded down,
+                and at least one
+    mid         so too the middle 4 of 8
+    last        so too the last 4 of 8
     every-5     the middle one of every five, so that a fifth of the layers lies evenly spread; any number will do
     3,8,13      these layers, by the host's own count from 0
 """

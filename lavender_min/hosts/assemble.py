@@ -46,11 +46,12 @@ AS_TEXTS = (
     "{%- set flat.messages = flat.messages + [dict(message, content=said)] -%}{%- endfor -%}"
     "{%- set messages = flat.messages -%}"
 )
-# For a language model without a template: LLaVA 1.5's, whose turns end with the tokenizer's own token.
+# For a language model without a template: LLaVA 1.5's, whose answers end with the tokenizer's own token. No space ends the
+# generation prompt, because most tokenizers make one token of a space and the word behind it.
 PLAIN_TEMPLATE = (
     "{{ 'BOS' }}{%- for message in messages -%}"
     "{{ 'USER: ' + message.content + ' ' if message.role == 'user' else 'ASSISTANT: ' + message.content + 'EOS' }}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{ 'ASSISTANT: ' }}{%- endif -%}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
 )
 
 

@@ -31,7 +31,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import IdeficsConfig
 
-from lavender_min.geometry import MAP_SIDE, PatchLayout, resize_matrix
+from lavender_min.geometry import MAP_SIDE, PatchLayout
+from lavender_min.hosts import layouts
 from lavender_min.hosts.base import (
     Box,
     Encoded,
@@ -108,14 +109,10 @@ class Flamingo(Family):
     def views(
         self, size: tuple[int, int], processor: Any, config: Any, ids: Int[Tensor, " t"], box: Box
     ) -> list[PatchLayout]:
-        """One view. The picture is squeezed into the square, so its size does not matter, and each side resamples alike."""
+        """One view. The picture is squeezed into the square, so its size does not matter."""
         first, side = self.grid(config)
-        top, bottom, left, right = (share * side for share in box)
-        y, x = torch.arange(side)[:, None], torch.arange(side)[None]
-        inside = (y + 1 > top) & (y < bottom) & (x + 1 > left) & (x < right)
-        index = (first + y * side + x).where(inside, -1).int()[None]
-        resize_y, resize_x = (resize_matrix(side, MAP_SIDE, *ends)[None] for ends in ((top, bottom), (left, right)))
-        return [PatchLayout(index, resize_y, resize_x)]
+        square = layouts.squeezed(layouts.grid(side, side))
+        return [layouts.layout(square, first + torch.arange(side * side), box)]
 
     def vision(self, host: Any) -> list[nn.Module]:
         return [host.model.vision_model, host.model.perceiver_resampler]

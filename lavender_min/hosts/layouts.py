@@ -1,4 +1,4 @@
-"""Where a decoder's image tokens lie on the picture: one small function a kind of processor.
+"""Where a host's image tokens lie on the picture; for decoders, one small function a kind of processor.
 
 A processor resizes a picture, may crop or pad it, may cut it into tiles, and puts a run of image tokens into the text. Which token
 covers which ground follows from the picture's size alone. Each function says it for every look at the picture (`View`), with the
@@ -148,6 +148,9 @@ def anyres(size: Size, processor: Any, config: Any, most: float = math.inf) -> L
     columns = fitted[1] // tile * side
     kept = unpad_image(grid(fitted[0] // tile * side, columns)[None], (size[1], size[0]))[0]
     hc, wc = kept.shape
+    if not kept.numel():
+        # Of a picture seventy times as long as high no cell of the tiles is left.
+        return Looks([squeezed(grid(side, side))], side * side + hc * (wc + 1))
     cut_y, cut_x = divmod(int(kept[0, 0]), columns)
     ratio = math.sqrt(hc * wc / (most * side * side))
     high, wide = (int(hc // ratio), int(wc // ratio)) if ratio > 1.1 else (hc, wc)

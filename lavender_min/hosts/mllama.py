@@ -17,14 +17,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import MllamaConfig
+from transformers.models.mllama import image_processing_pil_mllama as tiling
 
-from lavender_min.geometry import MAP_SIDE, PatchLayout, resize_matrix
+from lavender_min.geometry import MAP_SIDE, PatchLayout
+from lavender_min.hosts import layouts
 from lavender_min.hosts.base import Box, Family, Imagined, Projection, WordRows
-
-try:  # where the PIL and torchvision processors are two files, the latter cannot be imported without torchvision
-    from transformers.models.mllama import image_processing_pil_mllama as tiling
-except ImportError:
-    from transformers.models.mllama import image_processing_mllama as tiling  # type: ignore[no-redef]
 
 _LANGUAGE = r".*language_model\.layers\.\d+\."
 LLAMA = "meta-llama/Llama-3.2-11B-Vision"
@@ -69,15 +66,9 @@ class Mllama(Family):
         hc, wc = (int(n) // patch for n in canvas)
         high, wide = (float(n) / patch for n in resized)
         y, x = torch.arange(hc)[:, None], torch.arange(wc)[None, :]
-        index = (y // side * (wc // side) + x // side) * (side * side + 1) + 1 + y % side * side + x % side
-        top, bottom, left, right = box
-        inside = (y + 1 > top * high) & (y < bottom * high) & (x + 1 > left * wide) & (x < right * wide)
-        layout = PatchLayout(
-            index.where(inside, -1).int()[None],
-            resize_matrix(hc, MAP_SIDE, top * high, bottom * high)[None],
-            resize_matrix(wc, MAP_SIDE, left * wide, right * wide)[None],
-        )
-        return [layout]
+        order = (y // side * (wc // side) + x // side) * (side * side + 1) + 1 + y % side * side + x % side
+        keys = torch.arange(int(order.max()) + 1)
+        return [layouts.layout(layouts.View(order, 0.0, 0.0, high, wide), keys, box)]
 
     def vision(self, host: Any) -> list[nn.Module]:
         return [host.model.vision_model, host.model.multi_modal_projector]

@@ -61,6 +61,7 @@ class Shown(NamedTuple):
 
 def show(folder: Path, n: int, out: Path | None, name: str | None, root: str | None, html: str | None) -> int:
     """Draw a sheet of word maps, a line an example: each map is stretched to 0 … 1 and, with --data, laid over the picture."""
+    cli.at_least(1, n=n)
     store = MapStore(folder)
     pictures = {example.id: example.image for example in data.load(name, root) if example.id in store} if name else {}
     ids = spread(list(pictures) if name else store.ids, n)

@@ -23,7 +23,9 @@ from lavender_min.words import find_words
 def from_masks(
     folder: Path, name: str, root: str | None, split: str | None, captions: str | None, entities: str | None
 ) -> int:
-    """Make or complete the store in `folder`; returns the exit code. The other arguments are those of `data.load`.
+    """Make, or complete, a store of the boxes or masks that the data has for its words, in place of maps.
+
+    Returns the exit code. `name` and what follows are the arguments of `data.load`.
 
     A word has no map if it has no region, or if its region covers every cell and so says nothing. An example whose words have no
     maps gets a row all the same, so that its text is learnt beside the others'. Examples whose pictures cannot be read are skipped

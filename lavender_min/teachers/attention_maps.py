@@ -139,7 +139,8 @@ def record(
     device, watch = sd.unet.device, Stopwatch()
     cut = cut_texts(sd, texts)
     with watch("text"):
-        text = sd.text_encoder(torch.tensor([window.ids for window in cut.windows], device=device))[0]
+        ids_of = torch.tensor([window.ids for window in cut.windows], device=device).split(len(pixels))
+        text = torch.cat([sd.text_encoder(some)[0] for some in ids_of])
     with watch("VAE"):
         latents = sd.vae.encode(pixels.to(device, sd.vae.dtype)).latent_dist.mode().float()[cut.owner]
         latents *= sd.vae.config.scaling_factor

@@ -75,8 +75,6 @@ def extract(flags: ExtractionFlags, examples: list[Example]) -> int:
         there.read_through(state.process_index, state.num_processes)
         changed = find_stale(chain.from_iterable(share), there.origins())
         writer.remake(changed)
-        if state.is_main_process:
-            announce(examples, writer, contents, sd, state.num_processes)
         if changed:
             print(
                 f"{len(changed):,} pictures or texts are others than those their maps were made from; these maps are made again"
@@ -84,6 +82,9 @@ def extract(flags: ExtractionFlags, examples: list[Example]) -> int:
         todo = [batch for batch in share if any(example.id not in writer.done for example in batch)]
         pictures = sum(example.id not in writer.done for batch in todo for example in batch)
         try:
+            # It times a pass of a whole batch.
+            if state.is_main_process:
+                announce(examples, writer, contents, sd, state.num_processes)
             with tqdm(total=pictures, unit=" pictures", disable=not state.is_local_main_process, smoothing=0.1) as bar:
                 tally = fill(writer, sd, recipe, todo, bar)
         except torch.OutOfMemoryError:
@@ -92,7 +93,8 @@ def extract(flags: ExtractionFlags, examples: list[Example]) -> int:
         tally.skipped |= too_long
     print((f"process {state.process_index}: " if state.num_processes > 1 else "") + tally.summary(writer.path))
     list_skipped(tally.skipped, writer.path / f"skipped-r{state.process_index:03d}.txt")
-    if not writer.done:
+    # One of several may have no batch, or only broken pictures: an error of its own would end the others' work.
+    if not writer.done and state.num_processes == 1:
         raise ValueError(f"nothing is stored in {writer.path}: all pictures were skipped, see the list above")
     return 0
 

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from lavender_min import cli
 from lavender_min.failing import naming
 
-# By the beginning of a flag's value: the module that transformers imports for it, and the package that brings it.
+# By the beginning of a flag's value ("": of any): the module that transformers imports for it, and the package that brings it.
 PACKAGES = {
     "report_to": {
         "azure_ml": ("azureml", "azureml-core"),

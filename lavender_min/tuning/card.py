@@ -14,10 +14,12 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from lavender_min.data import SOURCES
 from lavender_min.failing import read_json
+from lavender_min.hosts import architectures
 from lavender_min.tuning import runs
 from lavender_min.tuning.flags import ModelFlags
 
 CARD_FILE = "README.md"
+OWN_KINDS = (architectures.BidirectionalLlavaConfig.model_type, architectures.VlmPerceiverConfig.model_type)
 TAGS = ["lavender", "diffusion-instruction-tuning", "image-text-to-text"]
 # The Trainer's flags that the card shows; lavender.json holds all.
 TRAINER_FLAGS = (
@@ -51,7 +53,7 @@ def write(folder: Path, run: Path, history: Sequence[dict[str, Any]], whole: boo
     whole = whole or flags.mode == "full"
     title = f"{Path(flags.vlm).name}, {'plain tuning' if flags.plain else 'Lavender'}"
     parts = [f"---\n{metadata(flags, decided, whole).to_yaml()}\n---", f"# {title}", intro(flags, whole)]
-    parts += ["## How to load it", loading(flags, whole), "## Data", data_text(decided)]
+    parts += ["## How to load it", loading(flags, whole, folder), "## Data", data_text(decided)]
     if measures := last_logged(history):
         steps = max(int(entry.get("step", 0)) for entry in history)
         parts += ["## Measures", f"As last logged, in {steps} steps.", table("measure", measures)]
@@ -76,14 +78,18 @@ def metadata(flags: ModelFlags, decided: dict[str, Any], whole: bool) -> ModelCa
     )
 
 
-def loading(flags: ModelFlags, whole: bool) -> str:
-    """The Python that loads the model."""
+def loading(flags: ModelFlags, whole: bool, folder: Path) -> str:
+    """The Python that loads the model in `folder`. Two kinds of host must be made known to transformers first."""
+    configs = [place / "config.json" for place in (folder, Path(flags.vlm))]
+    said = "".join(config.read_text(encoding="utf-8") for config in configs if config.exists())
+    imports = f"import {architectures.__name__}\n" if any(f'"{kind}"' in said for kind in OWN_KINDS) else ""
+    imports += "" if whole else "from peft import PeftModel\n"
     if whole:
         load = 'model = AutoModelForImageTextToText.from_pretrained(here, dtype="auto")'
     else:
         load = f'host = AutoModelForImageTextToText.from_pretrained("{flags.vlm}", dtype="auto")\n'
         load += "model = PeftModel.from_pretrained(host, here)"
-    return LOAD.format(imports="" if whole else "from peft import PeftModel\n", load=load)
+    return LOAD.format(imports=imports, load=load)
 
 
 def intro(flags: ModelFlags, whole: bool) -> str:

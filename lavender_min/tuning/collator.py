@@ -213,7 +213,9 @@ class Collator:
         pictures = [example.image() for example, _ in examples]
         chats = [chat(self.processor, example) for example, _ in examples]
         starts = [said.answer_start for said in chats]
-        encoded = self.family.encode(self.processor, [said.text for said in chats], pictures, answer_starts=starts)
+        # A processor refuses some texts and pictures (a token of a picture in a question), and knows no example by its name.
+        with naming("the host's processor", f"it was given {', '.join(example.id for example, _ in examples)}"):
+            encoded = self.family.encode(self.processor, [said.text for said in chats], pictures, answer_starts=starts)
         batch: dict[str, Any] = dict(encoded.inputs)
         if self.vision is not None:
             batch = {name: value for name, value in batch.items() if name not in self.family.picture_inputs}
@@ -221,7 +223,8 @@ class Collator:
         ids = batch["input_ids"]
         batch["labels"] = torch.full_like(ids, -100)
         for i, (said, offsets) in enumerate(zip(chats, encoded.offsets, strict=True)):
-            answered = [t for t, (start, _) in enumerate(offsets) if start >= said.answer_start]
+            # One token may hold a space that ends the prompt and the answer's first word.
+            answered = [t for t, (_, end) in enumerate(offsets) if end > said.answer_start]
             batch["labels"][i, answered] = ids[i, answered]
         words = [
             self.mapped(said, stored, offsets)

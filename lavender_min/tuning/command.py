@@ -1,7 +1,7 @@
 """Stage 2: fine-tunes a vision-language model with its attention pulled towards Stable Diffusion's.
 
     python train.py --data toy --qlora                  the toy model, on any machine
-    python train.py --qlora                             Llama-3.2-11B-Vision on Flickr30k, on one 24 GB GPU
+    python train.py --qlora                             Llama-3.2-11B-Vision on Flickr30k, on one GPU (--plan says which)
 
 The maps must be there (python extract.py --data …). The flags of transformers.TrainingArguments work as well, and the few that
 cannot are refused by name. --eval_share 0.05 holds out pictures and logs their losses. A run that was stopped goes on from its

@@ -3,7 +3,8 @@
     python -m lavender_min.tuning.export runs/flickr30k-qlora exported
 
 The adapter is merged into the host's weights as they were published, not into their 4-bit form, so the folder loads with
-AutoModelForImageTextToText and AutoProcessor, and with whatever reads such folders (lmms-eval, for one). Takes as much memory as
+AutoModelForImageTextToText and AutoProcessor, and with whatever reads such folders (lmms-eval, for one); only the two models of
+`hosts.architectures` need that file to be imported first. Takes as much memory as
 the host has bytes: 20 GiB for Llama-3.2-11B-Vision; no GPU.
 """
 

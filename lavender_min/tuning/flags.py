@@ -134,7 +134,7 @@ class Flags(ModelFlags):
     )
     maps: list[str] | None = flag(None, "the store that extract.py made (default: maps/<data>)")
     limit: int | None = flag(None, "take only the first N examples of each data set")
-    eval_share: float | None = flag(None, "the same with a share of the pictures, of each data set")
+    eval_share: float | None = flag(None, "in place of --eval_split: hold out this share of each data set's pictures")
     qlora: bool = flag(False, "4-bit host (NF4, double quantisation) with LoRA adapters")
     lora: bool = flag(False, "LoRA adapters; what is done when nothing else is asked")
     full: bool = flag(False, "train every weight of the host")

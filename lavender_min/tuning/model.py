@@ -111,11 +111,9 @@ class Lavender(nn.Module):
         return {"loss": loss, "loss_vlm": loss_vlm.detach(), "loss_att": loss_att.detach(), "words": (trust > 0).sum()}
 
     def sink(self, words: WordRows, own: list[int]) -> Sink:
-        """Collects the maps of parallel attention, and of these layers' own."""
-        align = self.align
-        if align is None:
-            return Sink(self.family, words, own, None, lambda maps: maps)
-        return Sink(self.family, words, own, align.parallel, align.pool_heads)
+        """Collects what is aligned: the maps of parallel attention, and of these layers' own, their heads pooled."""
+        assert self.align is not None
+        return Sink(self.family, words, own, self.align.parallel, self.align.pool_heads)
 
     @staticmethod
     def word_maps(align: Align, sink: Sink) -> Float[Tensor, "m c g g"]:
@@ -152,13 +150,18 @@ class Lavender(nn.Module):
         """Word maps for pictures and measures: `own`, the host's attention, mean over the read layers and all heads, in units of
         uniform attention; and, if there is an Aligner, `aligned`, what it makes of its input, in [0, 1].
         """
-        sink = self.sink(word_rows(words), self.layers)
+        align = self.align
+        # Heads are kept: pooled as the Aligner takes them, "own" would depend on --aggregate, and runs could not be compared.
+        parallel = None if align is None else align.parallel
+        sink = Sink(self.family, word_rows(words), self.layers, parallel, lambda maps: maps)
         self.family.hidden_states(self.base, inputs, sink)
         own = torch.stack(list(sink.own_maps.values())).mean(0)
-        maps = {"own": per_word(own, sink.words.lengths).mean(1)}
-        if self.align is not None:
-            maps["aligned"] = minmax(self.align.aligner.predict(self.word_maps(self.align, sink)))
-        return maps
+        found = {"own": per_word(own, sink.words.lengths).mean(1)}
+        if align is not None:
+            for maps in (sink.own_maps, sink.parallel_maps):
+                maps.update({layer: align.pool_heads(of) for layer, of in maps.items()})
+            found["aligned"] = minmax(align.aligner.predict(self.word_maps(align, sink)))
+        return found
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options) -> None:
         """Non-reentrant only: the reentrant kind drops the gradient of a tensor that leaves through the sink.

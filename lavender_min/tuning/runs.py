@@ -127,6 +127,17 @@ def load_align(model: Lavender, folder: str | Path) -> None:
                 raise ValueError(f"{name} holds what is no finite number; {ADVICE}")
 
 
+def load_whole(host: Any, folder: str | Path) -> None:
+    """Reads every weight of a checkpoint of --full back into the host.
+
+    Many families name their weights in files otherwise than in the model, and only `from_pretrained` knows both names.
+    """
+    loaded, found = type(host).from_pretrained(folder, dtype=host.dtype, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"it lacks {len(missing)} of the host's weights, the first {missing[0]}; {ADVICE}")
+    host.load_state_dict(loaded.state_dict())
+
+
 def remember(flags: ModelFlags, folder: Path, decides: dict[str, Any] | None = None) -> None:
     """Writes beside the weights what decided them (see `tune.decided`); a folder that holds another run is refused.
 

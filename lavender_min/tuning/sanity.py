@@ -17,7 +17,7 @@ SCALE = 128
 
 
 def check(trainer: Any, model: nn.Module) -> None:
-    """Words are mapped and matched, losses finite, one BOS a text; gradients reach all that should train, and nothing else.
+    """Words are mapped and matched, losses finite, no BOS doubled; gradients reach all that should train, and nothing else.
 
     `trainer` is a LavenderTrainer, `model` what it steps (DDP and FSDP wrap it). Raises ValueError, in one line.
     """
@@ -60,7 +60,9 @@ def try_step(trainer: Any, model: nn.Module) -> None:
         first = start + n * args.process_index
         examples = [dataset[i % len(dataset)] for i in range(first, first + n)]
         batch = trainer._prepare_inputs(trainer.data_collator(examples))
-        one_beginning(batch["input_ids"], trainer.data_collator.processor.tokenizer.bos_token_id)
+        # Padding may be the same token.
+        ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -1)
+        one_beginning(ids, trainer.data_collator.processor.tokenizer.bos_token_id)
         with trainer.compute_loss_context_manager():
             out = model(**batch)
         for name in ("loss_vlm", "loss_att"):
@@ -84,13 +86,11 @@ def try_step(trainer: Any, model: nn.Module) -> None:
 
 
 def one_beginning(ids: Tensor, bos: int | None) -> None:
-    """Some hosts' texts begin with no token of their own (`bos` is None), all others' with one."""
-    begins = (ids == bos).sum(1) if bos is not None else None
-    if begins is not None:
-        require(
-            bool((begins == 1).all()),
-            f"a text begins {begins.max()} times, once is right: the chat template and the tokenizer both add BOS",
-        )
+    """BOS must not be doubled. Further on the same token may begin or end a turn; some hosts have none (`bos` is None)."""
+    is_bos = ids == bos if bos is not None else torch.zeros_like(ids, dtype=torch.bool)
+    first = is_bos & (is_bos.cumsum(1) == 1)
+    doubled = first[:, :-1] & is_bos[:, 1:]
+    require(not doubled.any(), "a text begins with BOS twice: the chat template and the tokenizer both add it")
 
 
 def reached(lavender: Any) -> None:

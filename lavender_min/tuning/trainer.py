@@ -19,7 +19,7 @@ from lavender_min.failing import naming
 from lavender_min.tuning import card, sanity
 from lavender_min.tuning.checkpoints import STATE_FILE
 from lavender_min.tuning.model import Lavender
-from lavender_min.tuning.runs import ALIGN_FILE, FLAGS_FILE, load_align
+from lavender_min.tuning.runs import ALIGN_FILE, FLAGS_FILE, load_align, load_whole
 from lavender_min.tuning.schedules import LAMBDA_SCHEDULES, aligner_steps
 
 NO_NUMBERS = "does a lower --learning_rate help, with another --output_dir?"
@@ -52,9 +52,10 @@ class LavenderTrainer(Trainer):
         self.pretrain_aligner_steps, self.lambda_schedule = pretrain_aligner_steps, lambda_schedule
         # We divide by num_items_in_batch, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
+        # Since the last log: each output of the model, added up, and over how many batches.
         self.sums: dict[str, Tensor] = {}
         self.seen = 0
-        # The same of a validation.
+        # The same of a validation, each batch times its examples.
         self.measured: dict[str, Tensor] = {}
         # DeepSpeed's backward would take the step that `sanity` only tries.
         self.checked = self.is_deepspeed_enabled
@@ -95,6 +96,7 @@ class LavenderTrainer(Trainer):
         else:
             for name, value in out.items():
                 if name != "loss":
+                    # Divided by the labels of the whole accumulated batch, it is one part of so many.
                     parts = steps if name == "loss_vlm" and labels is not None else 1
                     self.sums[name] = self.sums.get(name, 0) + value.float() * parts
             self.seen += 1
@@ -121,6 +123,9 @@ class LavenderTrainer(Trainer):
         dataset: Any = self.train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return ByLength(batch, dataset.lengths(), seed)
+
+    def _get_eval_sampler(self, eval_dataset) -> None:
+        """A validation goes in order. The Trainer would group it by length as well, and knows no length of an example."""
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -241,7 +246,10 @@ class LavenderTrainer(Trainer):
         with naming(resume_from_checkpoint):
             if self.is_fsdp_enabled:
                 return super()._load_from_checkpoint(resume_from_checkpoint, model)
-            super()._load_from_checkpoint(resume_from_checkpoint, model=self.lavender.host)
+            if hasattr(self.lavender.host, "peft_config"):
+                super()._load_from_checkpoint(resume_from_checkpoint, model=self.lavender.host)
+            else:
+                load_whole(self.lavender.host, resume_from_checkpoint)
             if self.lavender.align is not None:
                 load_align(self.lavender, resume_from_checkpoint)
 

@@ -195,6 +195,8 @@ def decided(flags: Flags, args: Training, dataset: Examples, held_out: Examples 
         "the examples": dataset.digest(),
         "the validation examples": None if held_out is None else held_out.digest(),
         "--pretrain_aligner_steps": flags.pretrain_aligner_steps,
+        # A step takes a batch of each.
+        "the number of processes": args.world_size,
         **{f"the maps' {key}": value for key, value in dataset.recipe().items()},
         **{f"--{name}": value for name, value in args.to_dict().items() if name not in NO_DIFFERENCE},
     }

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import ConcatDataset
 
 
 class VisionCache:
@@ -40,12 +41,14 @@ class VisionCache:
 
 @torch.no_grad()
 def cache_vision(trainer: Any, folder: Path) -> None:
-    """Fills the cache with the pictures of a LavenderTrainer not there yet, each process its share, and hands it to the collator.
+    """Fills the cache with a LavenderTrainer's pictures, those held out too, as far as they are not there yet, each process its
+    share; and hands it to the collator.
 
     Before the Trainer wraps the model: the tower of a sharded one can only run inside the root forward. Raises ValueError if
     the tower trains, OSError if the disk is too small.
     """
-    collate, host, dataset = trainer.data_collator, trainer.lavender.base, trainer.train_dataset
+    collate, host = trainer.data_collator, trainer.lavender.base
+    dataset = ConcatDataset([part for part in (trainer.train_dataset, trainer.eval_dataset) if part is not None])
     tower = collate.family.vision(host)
     train = sum(p.numel() for module in tower for p in module.parameters() if p.requires_grad)
     if train:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from lavender_min import cli
 from lavender_min.failing import naming, read_json, shaped
@@ -20,7 +21,7 @@ def test_whatever_is_raised_names_the_file():
         raise ValueError("two\n  lines")
     with pytest.raises(ValueError, match=r"^a\.jpg is bad$"), naming("a.jpg"):
         raise ValueError("a.jpg is bad")
-    for error in (MemoryError, KeyboardInterrupt):
+    for error in (MemoryError, torch.OutOfMemoryError, KeyboardInterrupt):
         with pytest.raises(error), naming("a.jpg"):
             raise error
 
@@ -51,6 +52,7 @@ def test_a_json_file_that_is_none_is_named(tmp_path):
     [
         (ValueError("--x must\nbe y"), 2, "p: --x must be y"),
         (OSError("no room"), 2, "p: no room"),
+        (torch.OutOfMemoryError("CUDA out of\nmemory."), 2, "p: the memory of the GPU is full: CUDA out of memory."),
         (KeyboardInterrupt(), 130, "p: stopped; the same command goes on"),
         (TypeError("oh"), 1, "p: this is a bug in lavender-min (TypeError: oh); run again with LAVENDER_TRACEBACK=1"),
     ],

@@ -7,12 +7,15 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 from transformers.models.llava.processing_llava import LlavaProcessor
 
+from lavender_min.data import Example
 from lavender_min.hosts import assemble
 from lavender_min.hosts.architectures import (
     BidirectionalLlavaConfig,
     BidirectionalLlavaForConditionalGeneration,
     picture_blocks,
 )
+from lavender_min.hosts.load import load
+from lavender_min.tuning.collator import Collator, chat
 
 # Patches of the picture's square.
 PATCHES = 16
@@ -184,6 +187,21 @@ def test_the_language_models_own_template_takes_pictures(folders, processor):
     said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     language = AutoProcessor.from_pretrained(folders / "qwen2")
     assert processor.apply_chat_template(said) == language.apply_chat_template(said, tokenize=False)
+
+
+@pytest.mark.parametrize("prompt_ends", ["ASSISTANT:", "ASSISTANT: "])
+def test_an_answer_of_one_word_is_learnt_without_a_template_of_the_language_models_own(folders, tmp_path, prompt_ends):
+    """Also where a generation prompt ends with a space: in the text that space is a part of the answer's first token."""
+    llm = tiny_parts.qwen2(tmp_path / "llm", chat_template=None)
+    assert assemble.main(["--vision", str(folders / "siglip"), "--llm", str(llm), str(tmp_path / "host")]) == 0
+    host = load(str(tmp_path / "host"))
+    host.processor.chat_template = host.processor.chat_template.replace(
+        "{{ 'ASSISTANT:' }}", f"{{{{ '{prompt_ends}' }}}}"
+    )
+    example = Example("a", lambda: Image.new("RGB", (90, 60)), "what color is it?", "red")
+    assert chat(host.processor, example).text.endswith(" color is it? ASSISTANT: red<|im_end|>")
+    batch = Collator(host.processor, host.family, host.model.config)([(example, None)])
+    assert host.processor.tokenizer.decode(batch["labels"][batch["labels"] != -100]) == " red<|im_end|>"
 
 
 @pytest.mark.parametrize(

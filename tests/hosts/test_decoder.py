@@ -209,6 +209,16 @@ def test_both_losses_in_4_bits_with_adapters_and_checkpointing(folder, examples,
             assert query.grad.abs().sum() > 0
 
 
+def test_every_weight_of_a_checkpoint_is_read_back(folder, tmp_path):
+    host = host_of(folder).model
+    host.save_pretrained(tmp_path)
+    kept = {name: tensor.clone() for name, tensor in host.state_dict().items()}
+    for parameter in host.parameters():
+        parameter.data.add_(1)
+    runs.load_whole(host, tmp_path)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in host.state_dict().items())
+
+
 def test_targets_name_the_text_model_only(plain):
     for target, ends in (("cross", "qkvo"), ("released", "qv")):
         named = [n for n, _ in plain.model.named_modules() if re.fullmatch(plain.family.lora_targets[target], n)]

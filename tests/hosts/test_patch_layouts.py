@@ -185,6 +185,6 @@ def test_published_sizes(kind):
         "width": config.vision_config.image_size,
     }
     processor = zoo.without_video(getattr(hf, f"{name}Processor"), tokenizer, images, **options)
-    for size in [*SHAPES, (1920, 1080), (3000, 500), (2304, 2304)]:
+    for size in [*SHAPES, (1920, 1080), (3000, 500), (2304, 2304), (8000, 60), (60, 8000)]:
         announced = processor._get_num_multimodal_tokens([size[::-1]]).num_image_tokens
         assert [KINDS[kind].looks(size, processor, config).tokens] == announced, size

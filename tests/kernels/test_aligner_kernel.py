@@ -57,6 +57,21 @@ def test_aligner_mse_any_shape(m, c, gy, gx, output):
     check_aligner(m=m, c=c, gy=gy, gx=gx, output=output)
 
 
+@pytest.mark.parametrize("axis", range(4))
+def test_aligner_mse_of_expanded_features(axis):
+    """What stands once in memory gets the sum of the gradients of all for which it stands."""
+    shape = [4, 5, 6, 7]
+    once = draw(0, *(1 if i == axis else n for i, n in enumerate(shape)))
+    weight, bias, target, trust = draw(1, 5), draw(2, 1), draw(3, 4, 6, 7), torch.ones(4, device=DEVICE)
+
+    def mse(x, weight, bias, backend):
+        return ops.aligner_mse(x.expand(shape), weight, bias, target, trust=trust, backend=backend)
+
+    got, want = (with_gradients(mse, (once, weight, bias), backend) for backend in ("triton", "torch"))
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
+
+
 def test_aligner_mse_with_ties_and_constant_maps():
     def change(features):
         # a constant map

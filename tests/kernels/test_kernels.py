@@ -116,6 +116,7 @@ def test_word_attention(kind):
 def test_word_attention_in_half_precision(dtype):
     check_word(dtype=dtype, d=16)
     check_word(seed=1, dtype=dtype, d=16, attn_mask=draw(5, 6, 40))
+    check_word(dtype=dtype, d=16, scale=50.0)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +132,12 @@ def test_word_attention_in_half_precision(dtype):
         {"h": 3, "hkv": 3, "t": 1, "counts": (1,), "d": 3},
         # 54 dot rows a key head
         {"h": 18, "hkv": 1, "counts": (3,)},
+        # one key, one number a head, one cell
+        {"p": 1, "hc": 1, "wc": 1, "gy": 1, "gx": 1, "d": 1, "counts": (1, 2)},
+        # scores of up to 300: e^s is beyond fp32, and most keys get 0
+        {"scale": 20.0},
     ],
-    ids=["enlarged", "line", "wide", "single", "grouped"],
+    ids=["enlarged", "line", "wide", "single", "grouped", "one key", "large scores"],
 )
 def test_word_attention_shapes(sizes):
     check_word(**sizes)
@@ -199,6 +204,25 @@ def test_word_attention_of_a_ragged_batch(counts, kind):
             torch.testing.assert_close(x, y[one], atol=1e-6, rtol=1e-5)
     empty = counts.index(0)
     assert (got[1][empty] == 0).all() and (got[2][empty] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [lambda x: x.mT.contiguous().mT, lambda x: torch.stack([x, x], -1)[..., 0], lambda x: x[:1].expand(2, -1, -1, -1)],
+    ids=["vectors apart", "every other number", "one for both pictures"],
+)
+def test_word_attention_however_query_key_and_mask_are_stored(stored):
+    query, key, *rest = draw_word()
+    query, key = (x[:1].repeat(2, 1, 1, 1) for x in (query, key))
+    mask = draw(5, 80, 12).mT[::2, ::2]
+
+    def attention(query, key, stored, backend):
+        return ops.word_attention(stored(query), stored(key), *rest, attn_mask=mask, backend=backend)
+
+    got = with_gradients(attention, (query, key), stored, "triton")
+    want = with_gradients(attention, (query, key), stored, "torch")
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
 
 
 def test_word_attention_gradient_of_one_input_only():

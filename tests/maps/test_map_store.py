@@ -221,6 +221,8 @@ def test_show_draws_every_map_over_its_picture(store_folder, tmp_path, capsys):
     assert Image.open(tmp_path / "maps.png").height < plain.shape[0] * 0.6
     assert main(["show", store_folder, "--data", "folder", "--data_root", str(tmp_path)]) == 2
     assert "no data in" in capsys.readouterr().err
+    assert main(["show", store_folder, "--n", "0"]) == 2
+    assert capsys.readouterr().err.endswith(": --n must be a whole number of at least 1; got 0\n")
 
 
 def released(root, picture, words, sub="x"):

@@ -162,12 +162,14 @@ def test_content_norm_shares_every_pixel_among_the_tokens_of_the_words(tiny_sd, 
 def test_no_pass_has_more_windows_than_there_are_pictures(tiny_sd, pixels, monkeypatch):
     sizes, plain = [], recipes.predict
     monkeypatch.setattr(recipes, "predict", lambda sd, x, t, text: sizes.append(len(x)) or plain(sd, x, t, text))
+    encoder = tiny_sd.text_encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     long = {"question": "Is the turquoise cat with the turquoise dog?", "answer": "turquoise " * 4}
     recipe = find_recipe("invert", inversion_steps=2)
     (alone,) = attention_maps.word_maps(tiny_sd, pixels[:1], [long], ["x"], recipe)
     assert len(sizes) > 4 and set(sizes) == {1}
     together = attention_maps.word_maps(tiny_sd, pixels[:2], [long] * 2, ["x", "y"], recipe)
     assert set(sizes) == {1, 2}
+    encoder.remove()
     torch.testing.assert_close(together[0].maps, alone.maps, atol=2e-5, rtol=1e-3)
 
 

@@ -160,6 +160,16 @@ def test_processes_share_the_work(world, unbroken, tmp_path, monkeypatch):
     assert {shard.name[:9] for shard in (tmp_path / "maps").glob("maps-*")} == {"maps-r000", "maps-r001"}
 
 
+def test_a_process_without_work_ends_well(world, tmp_path, monkeypatch):
+    """More processes than batches, and a share in which no picture can be read: the others' work is not to be ended by that."""
+    (tmp_path / "data.jsonl").write_text('{"image": "0.png", "text": "a dog"}\n{"image": "no.png", "text": "a cat"}\n')
+    shutil.copy(world / "0.png", tmp_path)
+    arguments = of_folder(tmp_path, world, tmp_path / "maps", "--recipe", "noise", "--batch_size", "1")
+    for rank in (2, 1, 0):
+        assert as_one_of(monkeypatch, rank, 3, arguments) == 0
+    assert len(MapStore(tmp_path / "maps")) == 1
+
+
 def test_a_dead_processs_share_is_taken_up(world, unbroken, tmp_path, monkeypatch):
     """Of two processes one is killed in the middle and the other finishes; one process, or three, do what is left."""
     arguments = command(world, tmp_path / "maps", "--batch_size", "4", "--shard_size", "3")

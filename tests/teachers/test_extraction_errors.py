@@ -12,7 +12,7 @@ import torch
 from test_extraction import ROOT, command, refused, rows, world  # noqa: F401
 
 from lavender_min.maps import MapStore
-from lavender_min.teachers import attention_maps
+from lavender_min.teachers import attention_maps, stable_diffusion
 from lavender_min.teachers.command import main
 
 
@@ -108,6 +108,16 @@ def test_stopping_in_the_middle_keeps_what_is_done(world, tmp_path, capsys, monk
     assert main(arguments) == code
     assert capsys.readouterr().err.splitlines()[-1] == f"extract.py: {message}"
     assert len(MapStore(tmp_path / "maps")) >= 4
+
+
+def test_a_batch_too_large_for_the_first_pass_that_is_timed(world, tmp_path, capsys, monkeypatch):
+    def full(sd, pictures):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+
+    monkeypatch.setattr(stable_diffusion, "seconds_a_pass", full)
+    assert main(command(world, tmp_path / "maps", "--batch_size", "4")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "extract.py: out of GPU memory at --batch_size 4: try a smaller one"
 
 
 def test_no_picture_at_all_is_an_error(world, tmp_path, capsys):

@@ -80,6 +80,19 @@ def test_maps_for_pictures_and_measures_are_those_of_the_chosen_layers(vlm_folde
     torch.testing.assert_close(model.read(**inputs)["aligned"], (found - low) / (high - low + 1e-6))
 
 
+@pytest.mark.parametrize("aggregate", ["learn", "max-max", "mean-max", "flow-mul"])
+def test_a_hosts_own_maps_do_not_depend_on_what_was_aligned(vlm_folder, store_folder, aggregate):
+    """So that runs can be compared. What the Aligner takes is pooled as in the forward."""
+    made = make(vlm_folder, plain=True)
+    batch = batch_of(made, store_folder)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    model, _ = make(vlm_folder, aggregate=aggregate)
+    found = model.eval().read(**inputs)
+    torch.testing.assert_close(found["own"], made[0].eval().read(**inputs)["own"])
+    error = (found["aligned"] - batch["words"]["targets"]).square().mean()
+    torch.testing.assert_close(model(**batch)["loss_att"].detach(), error)
+
+
 def test_cross_attention_hosts_align_all_layers_unless_told_otherwise(vlm_folder, store_folder):
     found = []
     for align_layers in ("", "all"):

@@ -74,6 +74,15 @@ def test_other_runs_say_what_they_are(tmp_path):
     assert "lora" not in full.data.tags and "lora" in merged.data.tags
 
 
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_host_that_transformers_does_not_know_is_made_known_first(tmp_path, mode):
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host" / "config.json").write_text('{"vision_config": {"model_type": "vlm_perceiver"}}')
+    found = written(tmp_path / "run", ModelFlags(str(tmp_path / "host"), mode=mode))
+    assert "```python\nimport lavender_min.hosts.architectures\nfrom " in found.text
+    assert "lavender_min" not in written(tmp_path / "other", ModelFlags(LLAMA, mode=mode)).text
+
+
 @pytest.fixture(scope="module")
 def run(vlm_folder, store_folder, tmp_path_factory):
     """A run that was saved at its second step of three, then finished."""

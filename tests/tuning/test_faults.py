@@ -141,6 +141,14 @@ def test_a_question_is_not_taken_for_the_templates_own_words(vlm_folder, questio
     assert said.text[said.starts["answer"] :].startswith("an id is user")
 
 
+def test_a_text_that_a_processor_refuses_is_named(vlm_folder):
+    model, processor = make(vlm_folder)
+    asked = [f"what is {shown}?" for shown in ("this", "<|image|>")]
+    examples = [Example(f"row-{i}", lambda: Image.new("RGB", (32, 32)), text, "red") for i, text in enumerate(asked)]
+    with pytest.raises(ValueError, match="^the host's processor: .*image.*; it was given row-0, row-1$"):
+        Collator(processor, model.family, model.base.config)([(example, None) for example in examples])
+
+
 def test_words_of_a_short_question_stand_after_the_header(vlm_folder, store_folder):
     model, processor = make(vlm_folder, plain=True)
     example, stored = MappedExamples(toy.load("tune", 1), MapStore(store_folder))[0]

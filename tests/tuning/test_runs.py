@@ -67,6 +67,15 @@ def test_a_run_with_another_result_is_refused_by_name(command, copy, capsys, mor
     assert said in err and err.count("\n") == 1 and digests(copy) == before
 
 
+def test_a_run_of_several_processes_does_not_go_on_with_one(copy, command, capsys):
+    """Its steps would take other batches, and be counted otherwise."""
+    file = copy / "lavender.json"
+    held = json.loads(file.read_text())
+    held["decides"]["the number of processes"] = 2
+    file.write_text(json.dumps(held))
+    assert start(command(copy)) == 2 and "the number of processes 2 ─► 1" in capsys.readouterr().err
+
+
 def test_other_maps_and_other_pictures_are_another_run(copy, command, store_folder, tmp_path, capsys, monkeypatch):
     others = shutil.copytree(store_folder, tmp_path / "others")
     (others / "recipe.json").write_text('{"frame": "crop"}')

@@ -62,7 +62,7 @@ def asked_for_gradients(model):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (second_bos, "a text begins 2 times, once is right"),
+        (second_bos, "a text begins with BOS twice"),
         (no_words, "the first 16 examples hold no word with a map"),
         (not_a_number, "loss_vlm is nan before the first step"),
         (a_stranger, r"1 parameters train that should not, \['host.*lm_head.weight'\] for one"),
@@ -90,6 +90,14 @@ def test_what_is_wrong_is_named(vlm_folder, rows, tmp_path, harm, message):
         trainer.train()
     assert all(p.grad is None for p in made[0].parameters())
     assert trainer.state.global_step == 0
+
+
+def test_a_bos_that_also_begins_turns_is_no_second_one():
+    """As in models whose turns begin with <|im_start|>, which is their BOS (SmolLM2)."""
+    sanity.one_beginning(torch.tensor([[1, 5, 6, 1, 7], [9, 9, 1, 5, 1], [5, 6, 7, 8, 1]]), 1)
+    sanity.one_beginning(torch.tensor([[1, 1, 5]]), None)
+    with pytest.raises(ValueError, match="a text begins with BOS twice"):
+        sanity.one_beginning(torch.tensor([[1, 5, 6, 1, 7], [9, 9, 1, 1, 5]]), 1)
 
 
 @pytest.mark.parametrize("flags", [{"mode": "full"}, {"plain": True}, {"lambda_att": 0.0}, {"mode": "qlora"}])

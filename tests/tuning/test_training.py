@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fitting import fit, host_state, inputs_of, make, words_of
+from fitting import fit, host_state, inputs_of, make, state, trainer_of, words_of
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
@@ -237,6 +237,16 @@ def test_full_tuning_moves_every_part(vlm_folder, rows, tmp_path):
     moved = {name for name, p in model[0].host.named_parameters() if not torch.equal(p, before[name])}
     for part in ("vision_model", "multi_modal_projector", "self_attn", "cross_attn", "lm_head"):
         assert any(part in name for name in moved), part
+
+
+def test_full_tuning_goes_on_from_a_checkpoint_with_every_weight(vlm_folder, rows, tmp_path):
+    """Files of this family name weights otherwise than the model does."""
+    options = {"flags": {"mode": "full"}, "steps": 2, "save_strategy": "steps", "save_steps": 1}
+    whole, _ = fit(vlm_folder, rows, tmp_path, **options)
+    trainer = trainer_of(make(vlm_folder, mode="full"), rows, tmp_path, steps=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for (name, a), b in zip(state(whole).items(), state(trainer.lavender).values(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_checkpointing_through_the_trainer_changes_no_step(vlm_folder, rows, tmp_path):

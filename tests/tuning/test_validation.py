@@ -82,6 +82,15 @@ def test_a_validation_changes_no_step_of_plain_tuning_and_is_on_the_same_picture
     assert len(evaluations(plain)) >= 1 and "eval_loss_att" not in evaluations(plain)[0]
 
 
+def test_pictures_that_are_held_out_are_cached_too(command, tmp_path):
+    found = []
+    for more in ([], ["--cache_vision"]):
+        folder = tmp_path / str(len(more))
+        assert start(command(folder, "--eval_share", "0.25", *more)) == 0
+        found.append([entry["eval_loss"] for entry in evaluations(folder)])
+    assert found[0] and found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("metric", ["loss", "loss_vlm"])
 def test_the_best_checkpoint_is_what_is_left(command, tmp_path, metric):
     more = [
@@ -161,14 +170,18 @@ def test_texts_of_one_length_go_together_and_come_back_on_resuming(command, tmp_
     assert start(command(tmp_path / "whole", *more)) == 0
     assert start(command(tmp_path / "broken", *more, "--max_steps", "5")) == 0
     assert checkpoints.step_of(tmp_path / "broken") == 5
-    whole = {e["step"]: e["loss_vlm"] for e in logged(tmp_path / "whole")}
     # The schedule knows of the fewer steps, the order of the texts does not.
     assert start(command(tmp_path / "broken", *more)) == 0
     assert steps(tmp_path / "broken") == steps(tmp_path / "whole")
-    assert (
-        logged(tmp_path / "broken")[-1]["words_per_sample"] == logged(tmp_path / "whole")[-1]["words_per_sample"]
-        and whole
-    )
+    assert logged(tmp_path / "broken")[-1]["words_per_sample"] == logged(tmp_path / "whole")[-1]["words_per_sample"]
+
+
+def test_a_validation_goes_in_order_whatever_the_training_does(command, tmp_path):
+    more = ["--eval_share", "0.25", "--per_device_eval_batch_size", "3", "--eval_on_start", "--max_steps", "1"]
+    for name in ("group_by_length", "random"):
+        assert start(command(tmp_path / name, *more, "--train_sampling_strategy", name)) == 0
+    [one, *_], [two, *_] = (evaluations(tmp_path / name) for name in ("group_by_length", "random"))
+    assert (one["eval_loss_vlm"], one["eval_loss_att"]) == (two["eval_loss_vlm"], two["eval_loss_att"])
 
 
 def logged(folder):
