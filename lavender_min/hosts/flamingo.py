@@ -79,7 +79,15 @@ class Flamingo(Family):
     attention_config = ""
 
     def layers(self, host: Any) -> dict[int, Any]:
-        """The cross-attention modules. Their `layer_idx` counts the gated layers alone."""
+        """The cross-attention modules. Their `layer_idx` counts the gated layers alone.
+
+        Raises ValueError for a host without a resampler.
+        """
+        if not host.config.use_resampler:
+            raise ValueError(
+                "its text looks at patches, not at a resampler's latents (use_resampler in its config.json is false); "
+                f"take one with a resampler, such as {IDEFICS_9B}"
+            )
         return {layer.cross_attn.layer_idx: layer.cross_attn for layer in host.model.gated_cross_attn_layers}
 
     def heads(self, attention: Any) -> Heads:

@@ -136,6 +136,16 @@ def given(folder: str | None) -> Checkpoint | None:
     return Checkpoint(step_of(Path(folder)), Path(folder))
 
 
+def require_optimizer(folder: Path) -> None:
+    """Raises ValueError for a checkpoint of --save_only_model. The Trainer would begin its schedule anew, without a word."""
+    # DeepSpeed keeps its optimiser in a folder global_step<N>.
+    if not any(file.name.startswith(("optimizer", "global_step")) for file in folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds a model alone, as --save_only_model wants it, and no run can go on from that: "
+            "take another --output_dir, or delete the checkpoints to start from the beginning"
+        )
+
+
 def check(folder: Path) -> None:
     """Reads every file of a checkpoint through. Raises ValueError, which names the file that is cut or has changed."""
     for file in sorted(folder.iterdir()):

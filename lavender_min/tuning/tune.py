@@ -58,6 +58,8 @@ def run(flags: Flags, args: Training, parts: list[Parts]) -> int:
             if args.should_save:
                 checkpoints.finish(resume, out, args.load_best_model_at_end)
             return done(args, f"{resume.folder} is the end of this run: its adapter and {runs.ALIGN_FILE} are in {out}")
+        if resume:
+            checkpoints.require_optimizer(resume.folder)
         return train(flags, args, datasets, resume)
 
 

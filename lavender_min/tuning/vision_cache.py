@@ -48,7 +48,8 @@ def cache_vision(trainer: Any, folder: Path) -> None:
     the tower trains, OSError if the disk is too small.
     """
     collate, host = trainer.data_collator, trainer.lavender.base
-    dataset = ConcatDataset([part for part in (trainer.train_dataset, trainer.eval_dataset) if part is not None])
+    parts = trainer.train_dataset, trainer.eval_dataset
+    dataset: ConcatDataset[Any] = ConcatDataset([part for part in parts if part is not None])
     tower = collate.family.vision(host)
     train = sum(p.numel() for module in tower for p in module.parameters() if p.requires_grad)
     if train:

@@ -47,6 +47,12 @@ def examples(store_folder):
     ]
 
 
+def test_a_host_without_a_resampler_is_one_line(host, monkeypatch):
+    monkeypatch.setattr(host.model.config, "use_resampler", False)
+    with pytest.raises(ValueError, match="^its text looks at patches, .*; take one with a resampler, such as Hugging"):
+        host.family.layers(host.model)
+
+
 def batch_of(host, examples, **options):
     return Collator(host.processor, host.family, host.model.config, **options)(examples)
 

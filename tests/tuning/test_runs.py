@@ -188,6 +188,16 @@ def test_a_cut_checkpoint_is_named_and_the_one_before_taken(command, finished, c
     assert weights(copy) == weights(finished)
 
 
+def test_a_checkpoint_without_its_optimiser_is_an_end_and_no_beginning(command, tmp_path, capsys):
+    more = ["--save_steps", "2", "--save_only_model", "true"]
+    assert start(command(tmp_path, *more)) == 0
+    (tmp_path / "trainer_state.json").unlink()
+    assert start(command(tmp_path, *more)) == 0 and "checkpoint-4 is the end of this run" in capsys.readouterr().out
+    assert start(command(tmp_path, *more, "--max_steps", "6")) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path}/checkpoint-4 holds a model alone, as --save_only_model wants it" in err
+
+
 def test_no_checkpoint_that_can_be_read_is_one_line(command, copy, capsys):
     (copy / "trainer_state.json").unlink()
     for step in (2, 4):
