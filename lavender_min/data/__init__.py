@@ -33,8 +33,10 @@ from lavender_min.failing import say
 # The question that a VLM gets when the text is a bare caption.
 CAPTION_PROMPT = "Describe the image in a single sentence as a caption."
 
-# Special tokens of the models that are tuned here: Llama's and Qwen's, LLaVA's, Gemma's.
-SPECIAL = re.compile(r"<\|\w+\|>|</?s>|<(?:image|pad|bos|eos|start_of_turn|end_of_turn)>")
+# Special tokens of the models that are tuned here: Llama's and Qwen's, LLaVA's, Gemma's, InternVL's.
+SPECIAL = re.compile(
+    r"<\|\w+\|>|</?s>|<(?:image|pad|bos|eos|start_of_turn|end_of_turn|start_of_image|image_soft_token|IMG_CONTEXT)>"
+)
 
 # What opening a picture raises when it is not a whole picture: one class, whose line names the picture.
 BROKEN_PICTURE = BrokenPicture

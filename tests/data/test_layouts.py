@@ -92,12 +92,17 @@ def test_hugging_faces_image_folder(folder, capsys):
 
 def test_special_tokens_in_texts_are_said_with_file_and_line(folder, capsys):
     jsonl(folder, GOOD, {"image": "1.jpg", "text": "a <|image|> b"}, {"image": "2.jpg", "text": "End<|eot_id|>"},
-        {"image": "3.jpg", "question": "<image>?", "answer": "a < b"})  # fmt: skip
-    assert [e.answer for e in data.load("folder", folder)][1:] == ["a <|image|> b", "End<|eot_id|>", "a < b"]
+        {"image": "3.jpg", "question": "<image>?", "answer": "a < b"}, {"image": "1.jpg", "text": "<IMG_CONTEXT>"})  # fmt: skip
+    assert [e.answer for e in data.load("folder", folder)][1:] == [
+        "a <|image|> b",
+        "End<|eot_id|>",
+        "a < b",
+        "<IMG_CONTEXT>",
+    ]
     said = capsys.readouterr().err
     assert (
         said.count("\n") == 1
-        and "3 entries hold what a model takes for a special token, the first <|image|> in " in said
+        and "4 entries hold what a model takes for a special token, the first <|image|> in " in said
     )
     assert "data.jsonl, line 2" in said
 
