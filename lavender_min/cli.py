@@ -101,8 +101,8 @@ def between(low: float, high: float, **values: float | None) -> None:
 
 
 def run(prog: str, main: Callable[[], int | None]) -> int:
-    """The exit code of `main`. Whatever goes wrong is one line on stderr: 2 for bad input, files that cannot be had or a full memory, 130 for
-    Ctrl-C, 1 for a fault of our own, whose traceback LAVENDER_TRACEBACK=1 shows.
+    """The exit code of `main`. Whatever goes wrong is one line on stderr: 2 for bad input, files that cannot be had or a full
+    memory, 130 for Ctrl-C, 1 for a fault of our own, whose traceback LAVENDER_TRACEBACK=1 shows.
     """
     try:
         return main() or 0
