@@ -21,7 +21,7 @@ from lavender_min.failing import read_json
 from lavender_min.ledger import measures, stores
 from lavender_min.ledger.plan import is_there
 from lavender_min.ledger.runs import Ledger
-from lavender_min.maps import MAX_ENTROPY, MapStore
+from lavender_min.maps import MapStore
 from lavender_min.toy import data as toy
 
 ANSWERS = "crowd_test/answers.all"
@@ -37,7 +37,15 @@ AGGREGATIONS = {
     "flow-sum": "flow_sum",
     "flow-mul": "flow_mul",
 }
-COLORS = {"plain": "#e3a04f", "learn": "#7a5cc0", "direct": "#3f8fc0", "oracle": "#4a9a5b", "teacher": "#555555"}
+COLORS = {
+    "untuned": "#c04f6e",
+    "plain": "#e3a04f",
+    "learn": "#7a5cc0",
+    "direct": "#3f8fc0",
+    "oracle": "#4a9a5b",
+    "masks": "#4a9a5b",
+    "teacher": "#555555",
+}
 
 
 class Data(NamedTuple):
@@ -67,15 +75,15 @@ class Data(NamedTuple):
 
 
 def entropies(of: Data) -> Figure:
-    """Figure 7: a histogram of the entropy of words' maps, all seeds together."""
+    """Figure 7: how far words' maps are spread, by their entropy (`measures.extent`); all seeds together."""
     # {arm: the kind of its maps}
     kinds = {"masks": "masks", "teacher": "sd", "untuned": "own", "plain": "own", "learn": "own"}
     figure, axes = one_axes()
-    edges = np.linspace(0, MAX_ENTROPY, measures.BINS + 1)
+    edges = np.linspace(0, 100, measures.BINS + 1)
     for arm, files in of.files(*kinds).items():
-        counts = np.sum([read_json(file, dict)["histograms"][kinds[arm]] for file in files], 0)
-        axes.stairs(counts / counts.sum(), edges, label=about(of, arm), lw=1.6, color=COLORS.get(arm))
-    axes.set(xlabel="entropy of a word's map, nats", ylabel="share of words")
+        counts = np.sum([read_json(file, dict)["extents"][kinds[arm]] for file in files], 0)
+        axes.stairs(counts / counts.sum(), edges, label=about(of, arm), lw=1.6, color=COLORS[arm])
+    axes.set(xlabel="exp(entropy) of a word's map, % of the picture's cells", ylabel="share of words")
     axes.legend(fontsize=7)
     return figure
 

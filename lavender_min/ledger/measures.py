@@ -19,14 +19,14 @@ from lavender_min.evaluation import figures, metrics, models
 from lavender_min.evaluation.names import Numbers
 from lavender_min.evaluation.sheet import Sheet, first_pictures, make_sheet, picture_of
 from lavender_min.ledger.plan import Run, host_folder
-from lavender_min.maps import MAX_ENTROPY, MapStore, entropy
+from lavender_min.maps import MapStore, entropy
 from lavender_min.tuning import runs
 from lavender_min.tuning.flags import ModelFlags
 
 # Texts at once.
 BATCH = 50
 # Bars of a histogram.
-BINS = 24
+BINS = 40
 # The share of the ideal attention that is spread over the whole picture. If that were 0 outside the mask, KL would be infinite.
 ELSEWHERE = 0.01
 
@@ -35,8 +35,8 @@ class Measured(NamedTuple):
     """What is measured. Kinds of maps are "own" and "aligned" of a host, or `Arm.maps` of a store."""
 
     numbers: Numbers
-    # {kind of map: how many words have an entropy in each of BINS equal parts of 0 … MAX_ENTROPY}
-    histograms: dict[str, list[int]]
+    # {kind of map: its `extent`}
+    extents: dict[str, list[int]]
     # {kind of map: the maps of the few words that `figures.choose` picks}; at checkpoint 2 the key is "curve2/<kind>".
     shown: dict[str, Float[Tensor, "m g g"]]
 
@@ -63,7 +63,7 @@ def of_run(run: Run, store: Path | None, trained: Path | None) -> Measured:
             parts.append(of_checkpoint(of_host(load(flags, checkpoint), sheet, run.mapped), f"curve{number}/"))
     return Measured(
         merged([part.numbers for part in parts]),
-        merged([part.histograms for part in parts]),
+        merged([part.extents for part in parts]),
         merged([part.shown for part in parts]),
     )
 
@@ -84,7 +84,7 @@ def checkpoints(trained: Path | None) -> list[Path]:
 
 
 def of_checkpoint(found: Measured, name: str) -> Measured:
-    """What was measured of a checkpoint, without histograms: `name`, such as "curve2/", stands in place of the split."""
+    """What was measured of a checkpoint, without the histograms: `name`, such as "curve2/", stands in place of the split."""
     numbers = {name + key.partition("/")[2]: value for key, value in found.numbers.items()}
     return Measured(numbers, {}, {name + kind: maps for kind, maps in found.shown.items()})
 
@@ -126,16 +126,21 @@ def of_maps(maps: Float[Tensor, "m g g"], sheet: Sheet) -> Numbers:
     return metrics.map_numbers(maps, sheet) | metrics.by_kind("kl", kl(maps, sheet.masks), sheet)
 
 
-def histogram(maps: Float[Tensor, "m g g"]) -> list[int]:
-    """How many maps have an entropy in each of BINS equal parts of 0 … MAX_ENTROPY."""
-    return torch.histc(entropy(maps), BINS, 0, MAX_ENTROPY).int().tolist()
+def extent(maps: Float[Tensor, "m g g"]) -> list[int]:
+    """How many maps are spread over each of BINS equal parts of 0 … 1 of the picture.
+
+    A map of entropy H is spread over as much as an even map of the same entropy covers: exp(H) cells. Nearly all entropies lie
+    within half a nat of the largest, where this tells them apart.
+    """
+    share = entropy(maps).exp() / maps[0].numel()
+    return torch.histc(share.clamp(max=1), BINS, 0, 1).int().tolist()
 
 
 def of_store(kind: str, sheet: Sheet, split: str) -> Measured:
     """Stable Diffusion's maps (`kind` "sd") or the masks themselves ("masks"), measured as a host's maps are."""
     maps = sheet.masks.float() if kind == "masks" else sheet.maps
     numbers = {f"{split}/{name}": value for name, value in of_maps(maps, sheet).items()}
-    return Measured(numbers, {kind: histogram(maps)}, {kind: maps[figures.choose(sheet)]})
+    return Measured(numbers, {kind: extent(maps)}, {kind: maps[figures.choose(sheet)]})
 
 
 def of_host(loaded: models.Loaded, sheet: Sheet, split: str) -> Measured:
@@ -145,9 +150,9 @@ def of_host(loaded: models.Loaded, sheet: Sheet, split: str) -> Measured:
     if "aligned" in maps:
         numbers |= {f"aligned.{name}": value for name, value in of_maps(maps["aligned"], sheet).items()}
     found = {f"{split}/{name}": value for name, value in numbers.items()} | answers(loaded, sheet.examples, split)
-    histograms = {name: histogram(of) for name, of in maps.items()}
+    extents = {name: extent(of) for name, of in maps.items()}
     chosen = figures.choose(sheet)
-    return Measured(found, histograms, {name: of[chosen] for name, of in maps.items()})
+    return Measured(found, extents, {name: of[chosen] for name, of in maps.items()})
 
 
 def answers(loaded: models.Loaded, examples: list[Example], split: str) -> Numbers:

@@ -159,7 +159,7 @@ def make(ledger: Ledger, run: Run) -> None:
         "run": run._asdict(),
         "commit": commit(),
         "measures": found.numbers,
-        "histograms": found.histograms,
+        "extents": found.extents,
         "seconds": {"training": trained_for, "all": time.time() - began},
     }
     # Written last, because a run whose JSON is there counts as finished.

@@ -40,7 +40,7 @@ def write(ledger, run, words, draw):
     file.parent.mkdir(exist_ok=True)
     save_file(maps, file.with_suffix(".safetensors"))
     numbers = {name: torch.rand((), generator=draw).item() for name in names}
-    file.write_text(json.dumps({"measures": numbers, "histograms": {kind: counts}}))
+    file.write_text(json.dumps({"measures": numbers, "extents": {kind: counts}}))
 
 
 def test_every_figure_is_drawn_when_its_runs_are_there(ledger, tmp_path):

@@ -224,7 +224,7 @@ def test_the_page_says_what_came_out(ledger, monkeypatch, tmp_path, capsys):
     assert re.search(r"\| KL +\| +\+1 ± \S+ \(matters from 0\): holds", text)
     assert re.search(r"\| +Figure 10 \| +holds \|", text) and "commit abc" in text
     assert "`lost` (decoder) does not ship yet" in text
-    assert "Even exact masks gain nothing that is sure here on `tiny`" in text
+    assert "Even exact masks gain nothing in answers on `tiny` that is sure (+0.0 ± 0.0 points" in text
     report.write(ledger, page)
     assert page.read_text() == text
     page.write_text("# No marks")
@@ -285,3 +285,13 @@ def test_the_command_plans(ledger, monkeypatch, capsys):
     assert main(["plan", "--only", "12", "--processes", "2", "--out", str(ledger.out)]) == 0
     assert "runs are to be made, about" in capsys.readouterr().out
     assert main(["plan", "--only", "77"]) == 2 and "--only 77" in capsys.readouterr().err
+
+
+def test_a_map_extends_as_far_as_an_even_map_of_its_entropy():
+    even, half, cell = torch.ones(3, MAP_SIDE, MAP_SIDE)
+    half[: MAP_SIDE // 2] = 0
+    cell[:] = 0
+    cell[3, 5] = 2
+    counts = measures.extent(torch.stack([even, half, half, cell]))
+    assert len(counts) == measures.BINS and counts[-1] == 1 and counts[0] == 1
+    assert sum(counts[measures.BINS // 2 - 1 : measures.BINS // 2 + 1]) == 2
