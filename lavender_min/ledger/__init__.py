@@ -6,6 +6,7 @@ A claim compares *arms*. An arm is one way to tune a host, run once for each see
     declared.py    the declarations, read and checked
     plan.py        the runs that claims need, each known by a digest of all that decides its result, and how long they take
     stores.py      the maps that runs are trained with and measured against
+    parts.py       hosts put together anew from the parts of a shipped one
     measures.py    what is measured of a tuned host
     runs.py        the runs, spread over processes
     verdicts.py    holds, does not hold, not clear

@@ -25,8 +25,11 @@ class Arm(NamedTuple):
     # The name of a `Choice`. Its best trial gives flags, which `flags` may override.
     choice: str = ""
     flags: Values = {}
-    # Several trainings in a row, each of which continues the one before; an entry holds what its training changes of `flags`.
+    # Several trainings in a row, each of which continues the one before; an entry holds what its training changes of `flags`. With
+    # "assemble" it begins with another host instead (`parts`).
     stages: list[Values] = []
+    # How often --max_steps they have in all.
+    times: int = 1
     # What is measured: a host after tuning, a host as it is, or the maps themselves.
     measured: Literal["tuned", "untuned", "maps"] = "tuned"
 
@@ -84,14 +87,12 @@ class Claim(NamedTuple):
     title: str
     # The figure or section of the paper whose claim this is.
     paper: str
-    hosts: list[str] = []
+    hosts: list[str]
+    # Columns of its table: names of measures (see `measures`).
+    shown: list[str]
+    contrasts: list[Contrast]
     # Rows of its table, beside the arms of its contrasts.
     arms: list[str] = []
-    # Columns of its table: names of measures (see `measures`).
-    shown: list[str] = []
-    contrasts: list[Contrast] = []
-    # What would be needed to run the claim, but does not ship; "" for a claim that is run.
-    needs: str = ""
     # What a reader must know, printed behind the verdict.
     note: str = ""
     # Its arms of plain tuning and of exact masks as targets: those that are tuned on as many scenes as its other arms.
@@ -101,8 +102,6 @@ class Claim(NamedTuple):
     @property
     def needed(self) -> list[str]:
         """The names of all arms to be run for it, each once."""
-        if self.needs:
-            return []
         compared = [arm for contrast in self.contrasts for arm in (*contrast.plus, *contrast.minus)]
         return list(dict.fromkeys([self.plain, self.oracle, *self.arms, *compared]))
 
@@ -176,5 +175,5 @@ def check(claim: Claim, setup: Setup) -> None:
     for host in claim.hosts:
         if host not in setup.hosts:
             raise ValueError(f"there is no host {host}")
-    if not claim.needs and not (claim.contrasts and claim.shown and claim.hosts):
-        raise ValueError("a claim that can be run has hosts, contrasts, and measures that are shown")
+    if not (claim.contrasts and claim.shown and claim.hosts):
+        raise ValueError("a claim has hosts, contrasts, and measures that are shown")

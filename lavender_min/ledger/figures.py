@@ -211,22 +211,23 @@ FIGURES: dict[str, Callable[[Data], Figure]] = {
     "scaling": scaling,
     "aggregations": aggregations,
     "aligned_maps": aligned_maps,
-    "trust": trust,
 }
 
 
 def draw_all(ledger: Ledger, folder: Path) -> list[Path]:
     """Draws every figure whose runs are there, for every host that is shipped. Returns the files."""
     drawn = []
-    for host in filter(is_there, ledger.setup.hosts):
-        for name, figure_of in FIGURES.items():
-            try:
-                figure = figure_of(Data(ledger, host))
-            except (KeyError, FileNotFoundError):
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            drawn.append(folder / f"{name}_{host}.png")
-            figure.savefig(drawn[-1], dpi=80)
+    hosts = list(filter(is_there, ledger.setup.hosts))
+    wanted = [(f"{name}_{host}", figure_of, host) for host in hosts for name, figure_of in FIGURES.items()]
+    # The teacher is the same for all hosts.
+    for name, figure_of, host in [*wanted, ("trust", trust, hosts[0])]:
+        try:
+            figure = figure_of(Data(ledger, host))
+        except (KeyError, FileNotFoundError):
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn.append(folder / f"{name}.png")
+        figure.savefig(drawn[-1], dpi=80)
     return drawn
 
 

@@ -18,6 +18,7 @@ from lavender_min.data import Example
 from lavender_min.evaluation import figures, metrics, models
 from lavender_min.evaluation.names import Numbers
 from lavender_min.evaluation.sheet import Sheet, first_pictures, make_sheet, picture_of
+from lavender_min.ledger import parts
 from lavender_min.ledger.plan import Run, host_folder
 from lavender_min.maps import MapStore, entropy
 from lavender_min.tuning import runs
@@ -41,30 +42,34 @@ class Measured(NamedTuple):
     shown: dict[str, Float[Tensor, "m g g"]]
 
 
-def of_run(run: Run, store: Path | None, trained: Path | None) -> Measured:
+def of_run(run: Run, store: Path | None, trained: Path | None, apart: Path | None = None) -> Measured:
     """All that is measured of a run: at its end on every split, and on a few scenes at each of its checkpoints.
 
     `store` holds Stable Diffusion's maps of the split `run.mapped`; None if no maps are read. `trained` is the folder that the
-    training left; None if nothing was trained.
+    training left; None if nothing was trained. `apart` holds the parts of a host that was put together anew (`parts`), else None.
     """
     if run.kind == "maps":
         return of_store(run.maps, sheet_of(store, run.mapped, run.measured[run.mapped], run.part), run.mapped)
     flags = runs.recall(trained) if trained else ModelFlags(vlm=str(host_folder(run.host)))
     loaded = load(flags, trained)
-    parts = []
+    found = []
     for split, scenes in run.measured.items():
         if split == run.mapped:
-            parts.append(of_host(loaded, sheet_of(store, split, scenes, run.part), split))
+            found.append(of_host(loaded, sheet_of(store, split, scenes, run.part), split))
         else:
-            parts.append(Measured(answers(loaded, examples_of(split, scenes, run.part), split), {}, {}))
+            found.append(Measured(answers(loaded, examples_of(split, scenes, run.part), split), {}, {}))
     if run.curve:
         sheet = sheet_of(store, run.mapped, run.curve)
         for number, checkpoint in enumerate(checkpoints(trained), 1):
-            parts.append(of_checkpoint(of_host(load(flags, checkpoint), sheet, run.mapped), f"curve{number}/"))
+            found.append(of_checkpoint(of_host(load(flags, checkpoint), sheet, run.mapped), f"curve{number}/"))
+    if apart:
+        captions = [example for example in examples_of("heldout", run.measured["pretrained"]) if not example.question]
+        numbers = parts.numbers(loaded, apart, captions)
+        found.append(Measured({f"pretrained/{name}": value for name, value in numbers.items()}, {}, {}))
     return Measured(
-        merged([part.numbers for part in parts]),
-        merged([part.extents for part in parts]),
-        merged([part.shown for part in parts]),
+        merged([part.numbers for part in found]),
+        merged([part.extents for part in found]),
+        merged([part.shown for part in found]),
     )
 
 

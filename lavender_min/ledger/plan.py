@@ -16,6 +16,9 @@ VERSION = 1
 # The folder of the shipped hosts.
 MODELS = Path(SOURCES["toy"].vlm).parent
 
+# In a stage: the kind of host that is put together before it (`parts`).
+ASSEMBLE = "assemble"
+
 # (name of a choice, host) ─► the flags of its best trial; None while a trial is still to be run.
 Best = Callable[[str, str], Values | None]
 
@@ -72,10 +75,10 @@ def host_digest(host: str) -> str:
 
 
 def stages_of(setup: Setup, arm: Arm, chosen: Values) -> list[Values]:
-    """The flags of each training of an arm; `chosen` are those of its choice. Its stages share --max_steps equally."""
+    """The flags of each training of an arm; `chosen` are those of its choice. Its stages share the steps equally."""
     adapters = {} if arm.flags.get("full") else setup.adapters
     flags = {**setup.common, **adapters, **chosen, **arm.flags}
-    each = {"max_steps": flags["max_steps"] // max(1, len(arm.stages))}
+    each = {"max_steps": arm.times * flags["max_steps"] // max(1, len(arm.stages))}
     return [{**flags, **each, **own} for own in arm.stages] or [flags]
 
 

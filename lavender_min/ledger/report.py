@@ -13,7 +13,13 @@ from lavender_min.ledger.runs import Ledger
 from lavender_min.ledger.verdicts import Contrast, Verdict
 
 BEGIN, END = "<!-- ledger: written by python -m lavender_min.ledger report -->", "<!-- ledger: end -->"
-KL = Measure("KL to the mask", "nats", 1, 3, -1)
+# Measures of the ledger's own, beside those of `evaluation`.
+OWN = {
+    "kl": Measure("KL to the mask", "nats", 1, 3, -1),
+    "gap": Measure("gap between picture and text, first layers", "", 1, 2, -1),
+    "lost": Measure("language lost", "nats a token", 1, 3, -1),
+    "loss": Measure("loss of captions", "nats a token", 1, 3, -1),
+}
 # Splits as the headings of tables name them; "" for the one that most numbers are of.
 SPLITS = {
     "crowd_test": "",
@@ -59,8 +65,6 @@ def judged(ledger: Ledger, claim: Claim) -> list[Judged]:
 
 def verdict_of(ledger: Ledger, claim: Claim, rows: list[Judged]) -> str:
     """What the page says of the whole claim: its verdict, and of how many seeds while some are missing; "not run" without one."""
-    if claim.needs:
-        return "cannot be run here"
     found = [verdict for row in rows for verdict in row.by_host.values()]
     complete = [verdict for verdict in found if verdict is not None]
     if not found or len(complete) < len(found):
@@ -126,8 +130,6 @@ def section(ledger: Ledger, claim: Claim, rows: list[Judged], word: str) -> str:
         f"### {claim.number}. {claim.title}",
         f"{claim.paper}. **{word[0].upper()}{word[1:]}.** {claim.note}".strip(),
     ]
-    if claim.needs:
-        return "\n\n".join([*parts, f"It would need {claim.needs}."])
     hosts = [host for host in claim.hosts if is_there(host)]
     effects = [[row.contrast.what, *(effect(row.contrast, row.by_host[host]) for host in hosts)] for row in rows]
     parts.append(table(["what would count, by how much", *hosts], effects))
@@ -150,7 +152,7 @@ def effect(contrast: Contrast, verdict: Verdict | None) -> str:
 def measure_of(name: str) -> Measure:
     """How the numbers of "crowd_test/aligned.mse.own" are printed: those of the measure "mse"."""
     measure = name.partition("/")[2].removeprefix("aligned.").partition(".")[0]
-    return KL if measure == "kl" else MEASURES[measure]
+    return {**MEASURES, **OWN}[measure]
 
 
 def heading(name: str) -> str:
@@ -189,9 +191,10 @@ def cell(name: str, values: list[float]) -> str:
 
 def bound(claim: Claim, host: str, found: dict[str, list[dict[str, float]]]) -> str:
     """A sentence if even exact masks gain no answers, as then little is to be hoped of any teacher; else ""."""
-    if "crowd_test/answers.all" not in claim.shown or not {claim.oracle, claim.plain} <= set(found):
+    answers = [name for name in claim.shown if name.endswith("/answers.all")]
+    if not answers or not {claim.oracle, claim.plain} <= set(found):
         return ""
-    contrast = Contrast("", [claim.oracle], [claim.plain], ["crowd_test/answers.all"])
+    contrast = Contrast("", [claim.oracle], [claim.plain], answers[:1])
     gain = verdicts.judge(contrast, found)
     mean, half = gain.effect
     if gain.word == verdicts.HOLDS or half is None:

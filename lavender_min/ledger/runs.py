@@ -6,6 +6,7 @@
     OUT/locks/<digest>.lock            held by the process that works on the run
     OUT/vision/<host>                  what the host's frozen vision tower makes of each picture, for all runs
     OUT/maps/<store>                   the maps (stores.py)
+    OUT/parts/<host>                   a host taken apart (parts.py)
 
 A result is written aside and renamed, so it is whole or not there. Any number of processes may share the folder OUT, whenever they
 are started. A run belongs to the process that holds its lock, and the system frees the lock when that process ends, even if killed.
@@ -149,7 +150,8 @@ def make(ledger: Ledger, run: Run) -> None:
     trained = train(ledger, run, folder)
     trained_for = time.time() - began
     store = stores.folder(ledger.out, run.mapped, "sd") if run.mapped else None
-    found = measures.of_run(run, store, trained)
+    parts = parts_folder(ledger, run) if any(planning.ASSEMBLE in stage for stage in run.stages) else None
+    found = measures.of_run(run, store, trained, parts)
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(".tmp")
     if found.shown:
@@ -175,12 +177,15 @@ def train(ledger: Ledger, run: Run, folder: Path) -> Path | None:
     from lavender_min.tuning import command, stages
 
     made: list[stages.Stage] = []
-    for number, own in enumerate(run.stages, 1):
-        into = folder / str(number)
+    for number, declared in enumerate(run.stages, 1):
+        into, own = folder / str(number), dict(declared)
+        host = stages.result(made[-1]) if made else planning.host_folder(run.host)
+        if kind := own.pop(planning.ASSEMBLE, ""):
+            host = assembled(ledger, run, kind, host, folder / f"{number}-host")
         values = own | {
             "data": ["toy"] * len(stores.listed(own["split"])),
             "maps": [str(stores.folder(ledger.out, split, run.maps)) for split in stores.listed(own["split"])],
-            "vlm": str(stages.result(made[-1]) if made else planning.host_folder(run.host)),
+            "vlm": str(host),
             "seed": run.seed,
             "output_dir": str(into),
         }
@@ -190,15 +195,33 @@ def train(ledger: Ledger, run: Run, folder: Path) -> Path | None:
             share(ledger.out / "vision" / run.host, into / "vision")
         argv = [word for pair in values.items() for word in stages.as_flag(*pair)]
         made.append(stages.Stage(f"{run.name}, stage {number}", into, argv))
-    if not made:
-        return None
-    code = stages.run(made) if len(made) > 1 else command.train(made[0].argv)
-    # 128 + the number of a signal: it was told to stop.
-    if code > 128:
-        raise SystemExit(code)
-    if code:
-        raise ValueError(f"{run.name}: the training ended with exit code {code}")
-    return made[-1].folder
+        # A stage that is followed by another leaves a whole host, its adapter merged.
+        code = stages.run([made[-1]]) if number < len(run.stages) else command.train(argv)
+        # 128 + the number of a signal: it was told to stop.
+        if code > 128:
+            raise SystemExit(code)
+        if code:
+            raise ValueError(f"{run.name}: the training ended with exit code {code}")
+    return made[-1].folder if made else None
+
+
+def assembled(ledger: Ledger, run: Run, kind: str, trained: Path, into: Path) -> Path:
+    """A host of the parts of the run's host (`parts`), in the folder `into`."""
+    # Slow to import.
+    from lavender_min.ledger import parts
+
+    of = parts_folder(ledger, run)
+    with stores.locked(ledger.out / "locks" / f"parts-{run.host}.lock"):
+        if not of.exists():
+            aside = of.with_name(f".tmp-{of.name}")
+            parts.take_apart(planning.host_folder(run.host), aside)
+            os.replace(aside, of)
+    parts.put_together(kind, of, trained, run.seed, into)
+    return into
+
+
+def parts_folder(ledger: Ledger, run: Run) -> Path:
+    return ledger.out / "parts" / run.host
 
 
 def share(folder: Path, link: Path) -> None:
