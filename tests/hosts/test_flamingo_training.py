@@ -14,6 +14,7 @@ from lavender_min.evaluation import command as evaluation_command
 from lavender_min.evaluation import own_picture
 from lavender_min.hosts.flamingo import IDEFICS_9B, Flamingo, Reshaped
 from lavender_min.hosts.load import load
+from lavender_min.hosts.reading import Sink
 from lavender_min.maps import MapStore
 from lavender_min.toy import data
 from lavender_min.tuning import command, export, memory, runs
@@ -53,7 +54,7 @@ def inputs_of(batch):
 
 
 def sink_of(model, batch):
-    return model.sink(word_rows(batch["words"]), own=list(model.family.layers(model.base)))
+    return Sink(model.family, word_rows(batch["words"]), list(model.family.layers(model.base)), None, lambda maps: maps)
 
 
 @pytest.mark.parametrize("rank", [0, 8])

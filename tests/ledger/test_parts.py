@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, SiglipVisionModel
 
 from lavender_min import data
 from lavender_min.evaluation import models
+from lavender_min.evaluation.pre_alignment import text_loss
 from lavender_min.hosts.architectures import BidirectionalLlavaForConditionalGeneration, VlmPerceiver
 from lavender_min.hosts.load import load
 from lavender_min.ledger import parts, plan
@@ -19,7 +20,9 @@ SHIPPED = plan.host_folder("idefics3")
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("apart")
-    parts.take_apart(SHIPPED, folder)
+    with pytest.MonkeyPatch.context() as short:
+        short.setattr(parts, "read", lambda language, tokenizer: None)
+        parts.take_apart(SHIPPED, folder)
     return folder
 
 
@@ -65,7 +68,7 @@ def test_hosts_of_each_kind_and_what_is_asked_of_them(apart, tmp_path):
         for parameter in host.model.language_model.parameters():
             parameter.mul_(1.1)
     worse = parts.numbers(loaded, apart, captions)
-    texts = AutoTokenizer.from_pretrained(apart / parts.LANGUAGE)([example.answer for example in captions])["input_ids"]
+    texts = AutoTokenizer.from_pretrained(apart / parts.LANGUAGE)([parts.listing(e.id) for e in captions])["input_ids"]
     losses = []
     for model in (host, language):
         costs = [
@@ -74,3 +77,14 @@ def test_hosts_of_each_kind_and_what_is_asked_of_them(apart, tmp_path):
         ]
         losses.append(-torch.cat(costs).mean().item())
     assert worse["lost.all"] == pytest.approx(losses[0] - losses[1], rel=1e-4) and worse["lost.all"] > 0
+
+
+def test_a_language_model_that_reads_expects_what_it_read(apart, monkeypatch):
+    monkeypatch.setattr(parts, "STEPS", 12)
+    language = AutoModelForCausalLM.from_pretrained(apart / parts.LANGUAGE)
+    tokenizer = AutoTokenizer.from_pretrained(apart / parts.LANGUAGE)
+    texts = [parts.listing(f"heldout-{i:05d}-caption") for i in range(8)]
+    before = text_loss(language, tokenizer, texts)
+    parts.read(language, tokenizer)
+    # It had never spoken without a picture.
+    assert text_loss(language, tokenizer, texts) < 0.6 * before
