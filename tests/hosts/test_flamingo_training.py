@@ -54,7 +54,10 @@ def inputs_of(batch):
 
 
 def sink_of(model, batch):
-    return Sink(model.family, word_rows(batch["words"]), list(model.family.layers(model.base)), None, lambda maps: maps)
+    own = list(model.family.layers(model.base))
+    if model.align is None:
+        return Sink(model.family, word_rows(batch["words"]), own, None, lambda maps: maps)
+    return model.sink(word_rows(batch["words"]), own)
 
 
 @pytest.mark.parametrize("rank", [0, 8])
