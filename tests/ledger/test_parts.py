@@ -80,7 +80,7 @@ def test_hosts_of_each_kind_and_what_is_asked_of_them(apart, tmp_path):
 
 
 def test_a_language_model_that_reads_expects_what_it_read(apart, monkeypatch):
-    monkeypatch.setattr(parts, "STEPS", 12)
+    monkeypatch.setattr(parts, "STEPS", 20)
     language = AutoModelForCausalLM.from_pretrained(apart / parts.LANGUAGE)
     tokenizer = AutoTokenizer.from_pretrained(apart / parts.LANGUAGE)
     texts = [parts.listing(f"heldout-{i:05d}-caption") for i in range(8)]
