@@ -43,8 +43,7 @@ TEMPLATE = (
 )
 # The part of the layers that "the first" are.
 FIRST = 0.2
-# How long the language model reads: steps of so many texts, and the learning rate. More cost a host too much of what it sees
-# (experiments/LOG.md).
+# How long the language model reads: steps of so many texts, and the learning rate. It costs the host sight (experiments/LOG.md).
 STEPS, TEXTS, RATE = 150, 32, 3e-4
 
 
