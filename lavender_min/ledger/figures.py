@@ -51,7 +51,7 @@ COLORS = {
 class Data(NamedTuple):
     """What the figures of one host are drawn from.
 
-    An arm that was not run with every seed is a KeyError, by which `draw_all` knows that it is too early for a figure.
+    An arm without a run is a KeyError, by which `draw_all` knows that it is too early for a figure. Seeds may still be missing.
     """
 
     ledger: Ledger

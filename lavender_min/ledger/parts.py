@@ -6,7 +6,7 @@ that Llama has only ever spoken below a picture; so that there is language to lo
 
     causal          an ordinary LLaVA
     bidirectional   the same, with a picture's tokens seen in both directions (`hosts.architectures`)
-    perceiver       the large language model of the same kind sees through a whole LLaVA, the one that was trained before
+    perceiver       a LLaVA that sees through another, whole LLaVA, which was trained before
 """
 
 import math
