@@ -1,4 +1,7 @@
-"""Figures of the paper, drawn again from what the ledger holds. A figure whose runs are missing is left out."""
+"""Figures of the paper, drawn again from what the ledger holds. A figure whose runs are missing is left out.
+
+The first line of a figure's docstring is also its caption on the page.
+"""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -75,7 +78,10 @@ class Data(NamedTuple):
 
 
 def entropies(of: Data) -> Figure:
-    """Figure 7: how far words' maps are spread, by their entropy (`measures.extent`); all seeds together."""
+    """Figure 7: over what share of the picture words' maps are spread, by their entropy; all seeds together.
+
+    `measures.extent` says how a share follows from an entropy.
+    """
     # {arm: the kind of its maps}
     kinds = {"masks": "masks", "teacher": "sd", "untuned": "own", "plain": "own", "learn": "own"}
     figure, axes = one_axes()
@@ -214,20 +220,23 @@ FIGURES: dict[str, Callable[[Data], Figure]] = {
 }
 
 
-def draw_all(ledger: Ledger, folder: Path) -> list[Path]:
-    """Draws every figure whose runs are there, for every host that is shipped. Returns the files."""
-    drawn = []
+def draw_all(ledger: Ledger, folder: Path) -> dict[Path, str]:
+    """Draws every figure whose runs are there, for every host that is shipped. Returns {file: caption}."""
+    drawn = {}
     hosts = list(filter(is_there, ledger.setup.hosts))
-    wanted = [(f"{name}_{host}", figure_of, host) for host in hosts for name, figure_of in FIGURES.items()]
+    wanted = [
+        (f"{name}_{host}", figure_of, host, f" (`{host}`)") for name, figure_of in FIGURES.items() for host in hosts
+    ]
     # The teacher is the same for all hosts.
-    for name, figure_of, host in [*wanted, ("trust", trust, hosts[0])]:
+    for name, figure_of, host, of_host in [*wanted, ("trust", trust, hosts[0], "")]:
         try:
             figure = figure_of(Data(ledger, host))
         except (KeyError, FileNotFoundError):
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        drawn.append(folder / f"{name}.png")
-        figure.savefig(drawn[-1], dpi=80)
+        file = folder / f"{name}.png"
+        figure.savefig(file, dpi=80)
+        drawn[file] = f"{(figure_of.__doc__ or '').splitlines()[0].removesuffix('.')}{of_host}."
     return drawn
 
 

@@ -77,7 +77,7 @@ def verdict_of(ledger: Ledger, claim: Claim, rows: list[Judged]) -> str:
 # ------------------------------------------------------------------------------------------------------------ text
 
 
-def generated(ledger: Ledger, drawn: list[Path]) -> str:
+def generated(ledger: Ledger, drawn: dict[Path, str]) -> str:
     """All that stands between the marks."""
     rows = {claim.number: judged(ledger, claim) for claim in ledger.claims}
     words = {claim.number: verdict_of(ledger, claim, rows[claim.number]) for claim in ledger.claims}
@@ -95,7 +95,10 @@ def generated(ledger: Ledger, drawn: list[Path]) -> str:
         *(section(ledger, claim, rows[claim.number], words[claim.number]) for claim in ledger.claims),
     ]
     if drawn:
-        parts += ["## Figures", *(f"![{file.stem}](claims/{file.name})" for file in drawn)]
+        parts += [
+            "## Figures",
+            *(f"{caption}\n\n![{file.stem}](claims/{file.name})" for file, caption in drawn.items()),
+        ]
     return "\n\n".join(parts)
 
 

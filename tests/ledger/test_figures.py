@@ -59,6 +59,7 @@ def test_every_figure_is_drawn_when_its_runs_are_there(ledger, tmp_path):
     ]
     drawn = figures.draw_all(ledger, tmp_path / "all")
     assert [path.name for path in drawn] == [*(f"{name}_mllama.png" for name in figures.FIGURES), "trust.png"]
+    assert all(caption.endswith("(`mllama`).") for path, caption in drawn.items() if path.name != "trust.png")
     for path in drawn:
         with Image.open(path) as image:
             assert min(image.size) > 200
