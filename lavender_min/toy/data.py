@@ -80,9 +80,9 @@ def crowded(crowd: scenes.Crowd, number: int) -> Scene:
     return scenes.make_scene(crowd, number)
 
 
-@lru_cache(1024)
+@lru_cache(8192)
 def rendered(scene: Scene) -> Image.Image:
-    """Kept, because drawing takes a quarter of a training step; 50 MB at most."""
+    """Kept, because drawing takes a quarter of a training step; 400 MB at most, and as much as the largest split with its test."""
     return world.render(scene, SIDE)
 
 
