@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from lavender_min import data
+from lavender_min.evaluation import models
 from lavender_min.geometry import MAP_SIDE
 from lavender_min.ledger import declared, measures, plan, report, runs, stores
 from lavender_min.maps import MapStore, MapWriter
 from lavender_min.toy import data as toy
+from lavender_min.tuning.flags import ModelFlags
 from lavender_min.words import find_words
 
 SHARED = """
@@ -295,3 +297,24 @@ def test_a_map_extends_as_far_as_an_even_map_of_its_entropy():
     counts = measures.extent(torch.stack([even, half, half, cell]))
     assert len(counts) == measures.BINS and counts[-1] == 1 and counts[0] == 1
     assert sum(counts[measures.BINS // 2 - 1 : measures.BINS // 2 + 1]) == 2
+
+
+@pytest.mark.parametrize("host", ["mllama", "qwen2_vl"])
+def test_a_frozen_tower_looks_at_a_batch_once(host, monkeypatch):
+    monkeypatch.setattr(measures, "REMEMBERED", {})
+    flags = ModelFlags(vlm=str(plan.host_folder(host)))
+    examples = measures.examples_of("crowd_test", 3)
+    plain = models.load(flags, torch.float32)
+    replies = models.answer(plain.model, plain.processor, examples, 6)
+    kind = type(plain.model.family.vision(plain.model.base)[0])
+    looked, forward = [], kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *args, **named: looked.append(1) or forward(*args, **named))
+    # Two batches, and after the next run none.
+    for times in (2, 2):
+        loaded = measures.load(flags, None)
+        assert models.answer(loaded.model, loaded.processor, examples, 6) == replies
+        assert len(looked) == times
+    # Another host's are not taken for this one's.
+    measures.remember(plain.model.family.vision(plain.model.base)[0], "another")
+    models.answer(plain.model, plain.processor, examples, 6)
+    assert len(looked) == 4
