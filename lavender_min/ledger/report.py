@@ -148,7 +148,8 @@ def effect(contrast: Contrast, verdict: Verdict | None) -> str:
     if verdict is None:
         return "not run"
     scale = 1.0 if contrast.of == "correlation" else measure_of(contrast.measures[0]).scale
-    mean, half = (value if value is None else value * scale for value in verdict.effect)
+    # Rounded, because the difference of equal means is ±1e-15 or so.
+    mean, half = (value if value is None else round(value * scale, 6) + 0.0 for value in verdict.effect)
     return f"{mean:+.3g}{'' if half is None else f' ± {half:.2g}'} (matters from {contrast.margin * scale:g}): {verdict.word}"
 
 
@@ -193,7 +194,7 @@ def cell(name: str, values: list[float]) -> str:
 
 
 def bound(claim: Claim, host: str, found: dict[str, list[dict[str, float]]]) -> str:
-    """A sentence if even exact masks gain no answers, as then little is to be hoped of any teacher; else ""."""
+    """A sentence if even exact masks gain no answers for sure, as then no other teacher can be expected to; else ""."""
     answers = [name for name in claim.shown if name.endswith("/answers.all")]
     if not answers or not {claim.oracle, claim.plain} <= set(found):
         return ""
@@ -203,6 +204,6 @@ def bound(claim: Claim, host: str, found: dict[str, list[dict[str, float]]]) -> 
     if gain.word == verdicts.HOLDS or half is None:
         return ""
     return (
-        f"Even exact masks gain nothing in answers on `{host}` that is sure ({100 * mean:+.1f} ± {100 * half:.1f} points), "
-        "so little is to be hoped of any teacher."
+        f"Even exact masks gain no answers on `{host}` that these seeds can show ({100 * mean:+.1f} ± {100 * half:.1f} points), "
+        "so no other teacher can be expected to show a gain."
     )

@@ -226,7 +226,7 @@ def test_the_page_says_what_came_out(ledger, monkeypatch, tmp_path, capsys):
     assert re.search(r"\| KL +\| +\+1 ± \S+ \(matters from 0\): holds", text)
     assert re.search(r"\| +Figure 10 \| +holds \|", text) and "commit abc" in text
     assert "`lost` (decoder) does not ship yet" in text
-    assert "Even exact masks gain nothing in answers on `tiny` that is sure (+0.0 ± 0.0 points" in text
+    assert "Even exact masks gain no answers on `tiny` that these seeds can show (+0.0 ± 0.0 points" in text
     report.write(ledger, page)
     assert page.read_text() == text
     page.write_text("# No marks")
