@@ -203,7 +203,8 @@ def bound(claim: Claim, host: str, found: dict[str, list[dict[str, float]]]) -> 
     mean, half = gain.effect
     if gain.word == verdicts.HOLDS or half is None:
         return ""
+    split = answers[0].partition("/")[0]
     return (
-        f"Even exact masks gain no answers on `{host}` that these seeds can show ({100 * mean:+.1f} ± {100 * half:.1f} points), "
-        "so no other teacher can be expected to show a gain."
+        f"Even exact masks gain no answers on `{host}` that these seeds can show ({100 * mean:+.1f} ± {100 * half:.1f} points on "
+        f"{split}), so no other teacher can be expected to show a gain there."
     )
