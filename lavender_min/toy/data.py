@@ -82,7 +82,7 @@ def crowded(crowd: scenes.Crowd, number: int) -> Scene:
 
 @lru_cache(8192)
 def rendered(scene: Scene) -> Image.Image:
-    """Kept, because drawing takes a quarter of a training step; 400 MB at most, and as much as the largest split with its test."""
+    """Kept, because drawing takes a quarter of a training step; 400 MB at most, so that the largest split and all test scenes fit."""
     return world.render(scene, SIDE)
 
 
