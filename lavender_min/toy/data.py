@@ -82,7 +82,7 @@ def crowded(crowd: scenes.Crowd, number: int) -> Scene:
 
 @lru_cache(8192)
 def rendered(scene: Scene) -> Image.Image:
-    """Kept, because drawing takes a quarter of a training step; 400 MB at most, so that the largest split and all test scenes fit."""
+    """Kept, because drawing takes a quarter of a training step. The largest split and all test scenes fit: 400 MB at most."""
     return world.render(scene, SIDE)
 
 
